@@ -1,0 +1,43 @@
+# Only Python >= 3.11 and make are needed: every target sets up its own virtual environment first.
+PYTHON ?= python3
+VENV ?= $(if $(filter python3,$(notdir $(PYTHON))),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: setup demo test test-long bench lint clean
+.DELETE_ON_ERROR:
+
+$(VENV)/.core: setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"structmat needs Python >= 3.11, but $(PYTHON) is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/.tpu: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,tpu]'
+	@touch $@
+
+setup: $(VENV)/.core
+
+demo: $(VENV)/.core  ## train and compare seven structures on real text; about 10 minutes on 2 cores
+	$(BIN)/python -m experiments.compare --config=configs/demo.py --workdir=runs/demo
+
+test: $(VENV)/.test  ## the default suite, under 10 minutes on 2 cores
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-long: $(VENV)/.tpu  ## ahead-of-time TPU compiles, several processes, end-to-end runs
+	$(BIN)/python -m pytest -n 1 -m 'tpu_aot or multiprocess or notebooks or torture or long' $(PYTEST_ARGS)
+
+bench: $(VENV)/.core
+	$(BIN)/python -m experiments.bench --suite=cpu
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv .venv-* runs .pytest_cache .ruff_cache

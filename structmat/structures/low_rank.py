@@ -1,0 +1,86 @@
+"""Low rank: W = A^T B with A (r, in) and B (r, out)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from structmat.structures.base import Axes, Bound, Leaves, Params, Shape, Structure, first_axis, math
+from structmat.structures.linalg import balanced_split, gram_roots, scale_columns, scale_rows
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LowRank(Structure):
+    """`low_rank(rank)`: two factors of inner size `rank`; parameters rank (d_in + d_out)."""
+
+    rank: int | None = None
+    name: ClassVar[str] = "low_rank"
+
+    def check(self) -> None:
+        self.need(rank=1)
+
+    def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundLowRank:
+        self.required("rank")
+        self.choose("rank", list(range(1, _full(in_shape, out_shape) + 1)), in_shape, out_shape)
+        return BoundLowRank(self, in_shape, out_shape)
+
+    def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:
+        if self.rank is not None:
+            return []
+        return [dataclasses.replace(self, rank=r) for r in range(1, _full(in_shape, out_shape) + 1)]
+
+
+def _full(in_shape: Shape, out_shape: Shape) -> int:
+    return min(math.prod(in_shape), math.prod(out_shape))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class BoundLowRank(Bound):
+    """Low rank with sizes. Leaves `a` (r, d_in), `b` (r, d_out), the layout narrow factors want on TPU."""
+
+    last: ClassVar[str] = "b"
+
+    def _leaves(self, in_axes: Axes, out_axes: Axes) -> Leaves:
+        r = self.structure.rank
+        return {
+            "a": self.factor((r, self.d_in), ("rank", first_axis(in_axes)), self.d_in, r, share=2),
+            "b": self.factor((r, self.d_out), ("rank", first_axis(out_axes)), r, self.d_out, share=2, embed_fan=r),
+        }
+
+    def matmul(self, params: Params, x: jax.Array) -> jax.Array:
+        return (x @ params["a"].T) @ params["b"]
+
+    def materialize(self, params: Params) -> jax.Array:
+        return params["a"].T @ params["b"]
+
+    def rmatmul(self, params: Params, y: jax.Array) -> jax.Array:
+        return (y @ params["b"].T) @ params["a"]
+
+    def take(self, params: Params, ids: jax.Array) -> jax.Array:
+        return jnp.take(params["a"].T, ids, axis=0) @ params["b"]
+
+    def project(
+        self,
+        w: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        like: Params | None = None,
+        in_gram: jax.Array | None = None,
+        out_gram: jax.Array | None = None,
+    ) -> dict[str, Any]:
+        """Global optimum (Eckart-Young); with grams the optimum of the whitened problem, error^2 = sum of its
+        discarded squared singular values."""
+        self.check_dense(w)
+        lr, li = (None, None) if in_gram is None else gram_roots(in_gram, self.d_in, "in_gram")
+        rr, ri = (None, None) if out_gram is None else gram_roots(out_gram, self.d_out, "out_gram")
+        a, b = balanced_split(scale_columns(scale_rows(lr, w), rr), self.structure.rank)
+        return {"a": scale_rows(li, a).T.astype(w.dtype), "b": scale_columns(b, ri).astype(w.dtype)}
+
+    def _flops(self, rows: int) -> int:
+        return 2 * rows * self.structure.rank * (self.d_in + self.d_out)
+
+    def _materialize_flops(self) -> int:
+        return 2 * self.d_in * self.structure.rank * self.d_out
