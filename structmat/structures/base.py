@@ -42,6 +42,7 @@ class Leaf:
       share: number of trainable factors in the chain times number of trainable terms in the sum; the learning-rate
         multiplier is divided by it.
       embed_fan: fan_in when the input is one-hot (embeddings).
+      mode: the init mode `std` follows, so that a transposed view can follow it too.
     """
 
     shape: Shape
@@ -55,6 +56,7 @@ class Leaf:
     decay: bool = True
     share: int = 1
     embed_fan: int = 1
+    mode: str = "spectral"
 
     @property
     def size(self) -> int:
@@ -103,7 +105,9 @@ def flatten_leaves(leaves: Leaves, prefix: str = "") -> Iterator[tuple[str, Leaf
 def map_leaves(fn: Any, leaves: Leaves, *rest: Any) -> dict[str, Any]:
     """Apply `fn(leaf, *rest_values)` over a nested dict of leaves, keeping its nesting."""
     return {
-        name: fn(leaf, *(r[name] for r in rest)) if isinstance(leaf, Leaf) else map_leaves(fn, leaf, *(r[name] for r in rest))
+        name: fn(leaf, *(r[name] for r in rest))
+        if isinstance(leaf, Leaf)
+        else map_leaves(fn, leaf, *(r[name] for r in rest))
         for name, leaf in leaves.items()
     }
 
@@ -197,7 +201,9 @@ class Structure:
         Raises:
           StructureError: sizes that do not fit, naming the values and the nearest valid choice.
         """
-        return self._bind(_as_shape(in_shape, f"{self.name}: in_shape"), _as_shape(out_shape, f"{self.name}: out_shape"))
+        return self._bind(
+            _as_shape(in_shape, f"{self.name}: in_shape"), _as_shape(out_shape, f"{self.name}: out_shape")
+        )
 
     def _bind(self, in_shape: Shape, out_shape: Shape) -> Bound:
         raise TypeError(f"{type(self).__name__} does not define _bind")
@@ -223,14 +229,24 @@ class Structure:
                 f"({math.prod(in_shape)}, {math.prod(out_shape)}); nearest valid: {nearest(value, valid)}"
             )
 
+    @classmethod
+    def own_fields(cls) -> list[dataclasses.Field[Any]]:
+        """The family's own arguments in declared order, without `init` and `train`."""
+        return [f for f in dataclasses.fields(cls) if f.name not in ("init", "train")]
+
+    @classmethod
+    def text_fields(cls) -> list[dataclasses.Field[Any]]:
+        """All arguments in the order of the text form: the family's own, then `init` and `train`."""
+        return cls.own_fields() + [f for f in dataclasses.fields(cls) if f.name in ("init", "train")]
+
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in dataclasses.fields(self))})"
+        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in self.text_fields())})"
 
     __repr__ = __str__
 
     def short(self) -> str:
         """The text form without arguments left at their default; for tables and logs."""
-        shown = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        shown = [f for f in self.text_fields() if getattr(self, f.name) != f.default]
         return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def __add__(self, other: Structure) -> Structure:
@@ -338,7 +354,7 @@ class Bound:
             "paper": 1 / math.sqrt(3 * fan_in),
         }[mode]
         law = "uniform" if mode == "paper" else "normal"
-        leaf = Leaf(shape, axes, fan_in, fan_out, std, law=law, share=share, embed_fan=embed_fan)
+        leaf = Leaf(shape, axes, fan_in, fan_out, std, law=law, share=share, embed_fan=embed_fan, mode=mode)
         return dataclasses.replace(leaf, **overrides)
 
     # -- products ----------------------------------------------------------------------------------------------------

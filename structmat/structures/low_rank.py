@@ -14,7 +14,10 @@ from structmat.structures.linalg import balanced_split, gram_roots, scale_column
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class LowRank(Structure):
-    """`low_rank(rank)`: two factors of inner size `rank`; parameters rank (d_in + d_out)."""
+    """`low_rank(rank)`: two factors of inner size `rank`; parameters rank (d_in + d_out).
+
+    `paper` init is that of LoRA and SLTrain: A uniform +-1/sqrt(d_in), B zero.
+    """
 
     rank: int | None = None
     name: ClassVar[str] = "low_rank"
@@ -45,9 +48,12 @@ class BoundLowRank(Bound):
 
     def _leaves(self, in_axes: Axes, out_axes: Axes) -> Leaves:
         r = self.structure.rank
+        zero = {"std": 0.0} if self.structure.init == "paper" else {}
         return {
             "a": self.factor((r, self.d_in), ("rank", first_axis(in_axes)), self.d_in, r, share=2),
-            "b": self.factor((r, self.d_out), ("rank", first_axis(out_axes)), r, self.d_out, share=2, embed_fan=r),
+            "b": self.factor(
+                (r, self.d_out), ("rank", first_axis(out_axes)), r, self.d_out, share=2, embed_fan=r, **zero
+            ),
         }
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:

@@ -1,0 +1,26 @@
+"""Every name the text form knows, one line each."""
+
+from structmat.structures.algebra import Frozen, Product, Scaled, Transpose
+from structmat.structures.base import Structure
+from structmat.structures.block_low_rank import BlockLowRank
+from structmat.structures.dense import Dense
+from structmat.structures.fit import Fit
+from structmat.structures.low_rank import LowRank
+from structmat.structures.monarch import Monarch
+
+FAMILIES: dict[str, type[Structure]] = {
+    "dense": Dense,
+    "low_rank": LowRank,
+    "block_low_rank": BlockLowRank,
+    "monarch": Monarch,
+}
+
+COMBINATORS: dict[str, type[Structure]] = {
+    "fit": Fit,
+    "frozen": Frozen,
+    "product": Product,
+    "scaled": Scaled,
+    "transpose": Transpose,
+}
+
+CONSTRUCTORS = FAMILIES | COMBINATORS
