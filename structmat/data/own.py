@@ -1,0 +1,75 @@
+"""A user's own tokens: `.npy` of token ids, `.jsonl` with a "text" field, or a folder of text files."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from structmat.data import bytes_text
+from structmat.data.corpus import Corpus, from_documents, make_corpus, tail_split
+from structmat.data.errors import DataError
+
+NPY_DTYPES = ("uint8", "uint16", "int32")
+
+
+def load_tokens(path: str | Path, glob: str = "**/*.txt") -> Corpus:
+    """Reads a corpus by what `path` is.
+
+    - `x.npy`: 1-d ids of dtype uint8, uint16 or int32, memory-mapped; the last tenth is held out; vocab = largest id + 1.
+    - `x.jsonl`: one JSON object a line with a string field "text", as UTF-8 bytes; documents held out by hash of the text,
+      so copies of one document stay on one side.
+    - a folder: `bytes_text.load(path, glob)`.
+
+    Raises:
+      DataError: path is missing or of another kind, or the content is not as above (names the line).
+    """
+    path = Path(path)
+    if path.is_dir():
+        return bytes_text.load(path, glob)
+    if path.suffix not in (".npy", ".jsonl"):
+        raise DataError(f"cannot read {str(path)!r} as text; valid: a folder of text, a .jsonl or a .npy file")
+    if not path.is_file():
+        raise DataError(f"no data at {str(path)!r}: it does not exist; give a folder of text, a .jsonl or a .npy file")
+    return _npy(path) if path.suffix == ".npy" else _jsonl(path)
+
+
+def _npy(path: Path) -> Corpus:
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as e:
+        raise DataError(f"{str(path)!r} is not a readable .npy file: {e}") from e
+    if tokens.dtype.name not in NPY_DTYPES or tokens.ndim != 1:
+        raise DataError(
+            f"{str(path)!r} holds {tokens.dtype.name} of shape {tokens.shape}; "
+            f"token ids must be 1-d and of dtype {', '.join(NPY_DTYPES)}"
+        )
+    if len(tokens) < 2:
+        raise DataError(f"{str(path)!r} holds {len(tokens)} tokens; at least 2 are needed to split off a held-out part")
+    if tokens.min() < 0:
+        raise DataError(f"{str(path)!r} holds the token id {tokens.min()}; ids must be >= 0")
+    return make_corpus(
+        *tail_split(tokens), int(tokens.max()) + 1, f"{path.name}: {len(tokens)} {tokens.dtype.name} tokens"
+    )
+
+
+def _jsonl(path: Path) -> Corpus:
+    documents = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as e:
+                raise DataError(f"{str(path)!r} line {number} is not JSON: {e}") from e
+            text = row.get("text") if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                found = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
+                raise DataError(f'{str(path)!r} line {number} has no string field "text"; found {found}')
+            if text:
+                data = text.encode("utf-8", "surrogatepass")
+                documents.append((hashlib.sha256(data).hexdigest(), data))
+    if not documents:
+        raise DataError(f'{str(path)!r} holds no document; each line must be {{"text": "..."}}')
+    return from_documents(documents, f"{path.name}: {len(documents)} documents")
