@@ -1,0 +1,6 @@
+"""Models built from structmat.nn."""
+
+from structmat.models.gpt import GPT
+from structmat.models.mlp import MLP
+
+__all__ = ["GPT", "MLP"]

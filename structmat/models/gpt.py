@@ -1,0 +1,200 @@
+"""A decoder-only transformer (GPT-2's layout: pre-LayerNorm, learned positions, GELU) with structured weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from structmat.models.stack import apply_layers
+from structmat.nn import StructuredDense, StructuredDenseGeneral, StructuredEmbed
+from structmat.nn.sites import pick
+
+Structures = tuple[tuple[str, Any], ...]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention: x `(batch, length, width)` -> the same; sites q, k, v, o."""
+
+    heads: int
+    context: int
+    dropout: float
+    dtype: Any
+    structures: Structures
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, decode: bool) -> jax.Array:
+        width = x.shape[-1]
+        into = lambda name: StructuredDenseGeneral(
+            (self.heads, width // self.heads),
+            structure=pick(self.structures, name),
+            dtype=self.dtype,
+            in_axes="embed",
+            out_axes=("heads", "kv"),
+            name=name,
+        )(x)
+        q, k, v = into("q"), into("k"), into("v")
+        length = x.shape[1]
+        mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        if decode:
+            k, v, mask = self._cached(k, v)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
+        weights = nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min)).astype(v.dtype)
+        weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        return StructuredDenseGeneral(
+            width,
+            axis=(-2, -1),
+            structure=pick(self.structures, "o"),
+            dtype=self.dtype,
+            in_axes=("heads", "kv"),
+            out_axes="embed",
+            gain=0.0,
+            name="o",
+        )(y)
+
+    def _cached(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Append keys and values to the cache (batch, context, heads, head size); mask what is not yet written."""
+        batch, length, heads, size = k.shape
+        shape = (batch, self.context, heads, size)
+        keys = self.variable("cache", "keys", jnp.zeros, shape, k.dtype)
+        values = self.variable("cache", "values", jnp.zeros, shape, v.dtype)
+        index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
+        start = index.value
+        if not self.is_initializing():
+            keys.value = jax.lax.dynamic_update_slice(keys.value, k, (0, start, 0, 0))
+            values.value = jax.lax.dynamic_update_slice(values.value, v, (0, start, 0, 0))
+            index.value = start + length
+        mask = jnp.arange(self.context)[None, :] <= start + jnp.arange(length)[:, None]
+        return keys.value, values.value, mask[None, None]
+
+
+class Block(nn.Module):
+    """Attention and MLP with residuals; both branches start at zero. Sites attn/{q,k,v,o}, mlp/{up,down}."""
+
+    heads: int
+    context: int
+    mlp_ratio: int
+    dropout: float
+    dtype: Any
+    structures: Structures
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, decode: bool) -> tuple[jax.Array, None]:
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        own = tuple((p.removeprefix("attn/"), s) for p, s in self.structures if p.startswith("attn/"))
+        y = nn.LayerNorm(dtype=self.dtype, name="attn_norm")(x)
+        y = Attention(self.heads, self.context, self.dropout, self.dtype, own, name="attn")(y, train, decode)
+        x = x + drop(y)
+        y = nn.LayerNorm(dtype=self.dtype, name="mlp_norm")(x)
+        return x + drop(MLP(self.mlp_ratio, self.dtype, self.structures, name="mlp")(y)), None
+
+
+class MLP(nn.Module):
+    """Two linear maps around a GELU: width -> ratio * width -> width."""
+
+    ratio: int
+    dtype: Any
+    structures: Structures
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        up = StructuredDense(
+            self.ratio * width,
+            structure=pick(self.structures, "mlp/up"),
+            dtype=self.dtype,
+            in_axes="embed",
+            out_axes="mlp",
+            name="up",
+        )
+        down = StructuredDense(
+            width,
+            structure=pick(self.structures, "mlp/down"),
+            dtype=self.dtype,
+            in_axes="mlp",
+            out_axes="embed",
+            gain=0.0,
+            name="down",
+        )
+        return down(nn.gelu(up(x)))
+
+
+class GPT(nn.Module):
+    """tokens `(batch, length)` int32 -> logits `(batch, length, vocab)` f32.
+
+    Attributes:
+      vocab, context, layers, width, heads, mlp_ratio: sizes; heads must divide width.
+      dropout: rate on attention weights and residual branches.
+      tie: the head is the transposed embedding (logits divided by sqrt(width)) instead of a weight of its own.
+      structures: layer path -> structure, from `structmat.nn.assign`.
+      scan: stack and scan adjacent equal layers. remat: `none`, `full` or `dots`.
+      dtype: compute dtype; parameters stay f32.
+    """
+
+    vocab: int = 256
+    context: int = 64
+    layers: int = 2
+    width: int = 128
+    heads: int = 4
+    mlp_ratio: int = 4
+    dropout: float = 0.0
+    tie: bool = False
+    structures: Structures = ()
+    scan: bool = True
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool = False, decode: bool = False) -> jax.Array:
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} must divide width={self.width}")
+        if tokens.shape[1] > self.context:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fit context={self.context}")
+        embed = StructuredEmbed(
+            self.vocab, self.width, structure=pick(self.structures, "embed"), dtype=self.dtype, name="embed"
+        )
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.1), (None, "embed"))
+        positions = self.param("positions", init, (self.context, self.width), jnp.float32)
+        start = jnp.zeros((), jnp.int32)
+        if decode:
+            index = self.variable("cache", "position", jnp.zeros, (), jnp.int32)
+            start = index.value
+            if not self.is_initializing():
+                index.value = start + tokens.shape[1]
+        here = jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1])
+        x = embed(tokens) + here.astype(self.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        kwargs = dict(
+            heads=self.heads, context=self.context, mlp_ratio=self.mlp_ratio, dropout=self.dropout, dtype=self.dtype
+        )
+        x = apply_layers(
+            Block,
+            kwargs,
+            x,
+            train,
+            decode,
+            structures=self.structures,
+            layers=self.layers,
+            scan=self.scan,
+            remat=self.remat,
+        )
+        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+        if self.tie:
+            return embed.attend(x).astype(jnp.float32) / math.sqrt(self.width)
+        head = StructuredDense(
+            self.vocab,
+            structure=pick(self.structures, "head"),
+            use_bias=False,
+            dtype=self.dtype,
+            in_axes="embed",
+            out_axes="vocab",
+            kind="head",
+            gain=0.0,
+            name="head",
+        )
+        return head(x).astype(jnp.float32)

@@ -1,0 +1,120 @@
+"""Dense layers and embeddings whose weight is any structure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from structmat.nn.leaves import cast, compute_dtype, declare, embed_scale
+from structmat.nn.path import choose_path
+from structmat.nn.sites import KINDS, Kind, record
+from structmat.structures import Bound, Structure, StructureError, parse
+from structmat.structures.base import Axes
+
+PATHS = ("auto", "factored", "dense")
+
+
+class StructuredDenseGeneral(nn.Module):
+    """A linear map over one or several axes: x `(..., *in)` -> `(..., *features)`.
+
+    Attributes:
+      features: output size, or one per output dimension.
+      structure: recipe or its text; the weight of the flattened (in, out) matrix.
+      axis: input axis or axes contracted; they must be the last ones.
+      use_bias, dtype, param_dtype, bias_init: as in flax.linen.Dense.
+      in_axes, out_axes: logical axis names for sharding.
+      kind: what rules see: `linear` or `head`.
+      gain: factor on the initial weight; 0 starts at zero (residual branches, heads).
+      path: `factored`, `dense` (materialise first) or `auto` (by measured break-even).
+    """
+
+    features: int | Sequence[int]
+    structure: Structure | str = "dense()"
+    axis: int | Sequence[int] = -1
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
+    in_axes: Axes = None
+    out_axes: Axes = None
+    kind: Kind = "linear"
+    gain: float = 1.0
+    path: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.path not in PATHS:
+            raise StructureError(f"path must be one of {', '.join(PATHS)}, got {self.path!r}")
+        if self.kind not in KINDS:
+            raise StructureError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        axes = (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
+        axes = tuple(sorted(a % x.ndim for a in axes))
+        if axes != tuple(range(x.ndim - len(axes), x.ndim)):
+            raise StructureError(f"axis={self.axis} must name the last axes of an input of shape {x.shape}")
+        in_shape = x.shape[axes[0] :]
+        bound = parse(self.structure).bind(in_shape, features)
+        record(self.path_names, bound, self.kind, self.in_axes, self.out_axes)
+        params = declare(self, bound, self.in_axes, self.out_axes, self.param_dtype, self.gain)
+        dtype = compute_dtype(self.dtype, x, params)
+        batch = x.shape[: axes[0]]
+        y = product(bound, cast(params, dtype), x.reshape(*batch, bound.d_in).astype(dtype), self.path)
+        y = y.reshape(*batch, *features)
+        if self.use_bias:
+            out_axes = self.out_axes if isinstance(self.out_axes, tuple) else (self.out_axes,) * len(features)
+            init = nn.with_logical_partitioning(self.bias_init, out_axes)
+            y = y + self.param("bias", init, features, self.param_dtype).astype(y.dtype)
+        return y
+
+    @property
+    def path_names(self) -> tuple[str, ...]:
+        """Names from the root module to this one."""
+        return self.scope.path
+
+
+class StructuredDense(StructuredDenseGeneral):
+    """Drop-in for `flax.linen.Dense` with a `structure`: x `(..., in)` -> `(..., features)`."""
+
+
+def product(bound: Bound, params: Any, x: jax.Array, path: str = "auto") -> jax.Array:
+    """x `(..., d_in)` -> `(..., d_out)` by the path named, or the one `choose_path` names."""
+    if path == "auto":
+        path, _ = choose_path(bound, math.prod(x.shape[:-1]))
+    return bound.matmul(params, x) if path == "factored" else x @ bound.materialize(params)
+
+
+class StructuredEmbed(nn.Module):
+    """Drop-in for `flax.linen.Embed` with a `structure` on the (num_embeddings, features) table.
+
+    Rows have RMS 1 at initialisation whatever the structure. `attend` is the tied output head.
+    """
+
+    num_embeddings: int
+    features: int
+    structure: Structure | str = "dense()"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    in_axes: Axes = "vocab"
+    out_axes: Axes = "embed"
+
+    def setup(self) -> None:
+        self.bound = parse(self.structure).bind(self.num_embeddings, self.features)
+        record(self.scope.path, self.bound, "embed", self.in_axes, self.out_axes)
+        self.table = declare(self, self.bound, self.in_axes, self.out_axes, self.param_dtype, rescale=embed_scale)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """ids `(...)` integer -> `(..., features)`."""
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise StructureError(f"embedding ids must be integers, got {ids.dtype}")
+        dtype = compute_dtype(self.dtype, jnp.zeros((), self.param_dtype), self.table)
+        return self.bound.take(cast(self.table, dtype), ids)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x `(..., features)` -> logits `(..., num_embeddings)`."""
+        dtype = compute_dtype(self.dtype, x, self.table)
+        return self.bound.rmatmul(cast(self.table, dtype), x.astype(dtype))

@@ -1,0 +1,44 @@
+"""Which way a structured product is computed: by its factors, or materialised and multiplied as one GEMM."""
+
+from __future__ import annotations
+
+from structmat.structures import Bound
+from structmat.structures.algebra import BoundProduct, BoundSum, Wrapper
+
+EFFICIENCY = {
+    "dense": 1.0,
+    "low_rank": 0.9,
+    "block_low_rank": 0.55,
+    "monarch": 0.65,
+    "block_tensor_train": 0.4,
+    "kronecker": 0.45,
+    "tensor_train": 0.3,
+    "spectral": 0.8,
+    "diagonal": 0.05,
+    "block_diagonal": 0.6,
+    "random_sparse": 0.01,
+    "n_m_sparse": 0.01,
+}
+"""FLOP rate of each family's factored product relative to one dense GEMM; from `experiments.bench --suite=cpu`,
+n = 1024 to 4096, batch 512, rounded down."""
+
+DEFAULT = 0.3
+
+
+def relative_time(bound: Bound, rows: int) -> float:
+    """Estimated time of the factored product in units of dense-GEMM FLOPs."""
+    if isinstance(bound, BoundSum):
+        return sum(relative_time(t, rows) for t in bound.terms)
+    if isinstance(bound, BoundProduct):
+        return relative_time(bound.a, rows) + relative_time(bound.b, rows)
+    if isinstance(bound, Wrapper):
+        return relative_time(bound.inner, rows)
+    return bound._flops(rows) / EFFICIENCY.get(bound.structure.name, DEFAULT)
+
+
+def choose_path(bound: Bound, rows: int) -> tuple[str, str]:
+    """(`factored` or `dense`, the reason) for a product with `rows` rows, from the measured efficiencies."""
+    factored = relative_time(bound, rows)
+    dense = bound.cost(rows, path="dense").flops_executed
+    path = "dense" if dense < factored else "factored"
+    return path, f"estimated {factored:.3g} factored against {dense:.3g} dense, in dense-GEMM FLOPs at {rows} rows"
