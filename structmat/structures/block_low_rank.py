@@ -16,16 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from structmat.structures.base import Axes, Bound, Leaves, Params, Shape, Structure, first_axis, math
-from structmat.structures.errors import StructureError
-from structmat.structures.linalg import balanced_split, gram_roots
+from structmat.structures.factors import divisors
+from structmat.structures.linalg import balanced_split, diagonal_roots
 
 Order = Literal["blocked", "paper"]
-
-
-def divisors(n: int) -> list[int]:
-    """All divisors, ascending."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -130,10 +124,10 @@ class BoundBlockLowRank(Bound):
         t = self.slices(w)
         left = right = None
         if in_gram is not None:
-            root, left = self._diagonal_roots(in_gram, self.d_in, "in_gram")
+            root, left = diagonal_roots(in_gram, self.d_in, "in_gram", self.structure.name)
             t = t * root.reshape(k, 1, p, 1)
         if out_gram is not None:
-            root, right = self._diagonal_roots(out_gram, self.d_out, "out_gram")
+            root, right = diagonal_roots(out_gram, self.d_out, "out_gram", self.structure.name)
             t = t * self._out_blocks(root)[None, :, None, :]
         a, b = balanced_split(t, r)
         if left is not None:
@@ -145,13 +139,6 @@ class BoundBlockLowRank(Bound):
     def _out_blocks(self, v: jax.Array) -> jax.Array:
         _, _, l, s, _ = self.sizes
         return v.reshape(l, s) if self.order == "blocked" else v.reshape(s, l).T
-
-    def _diagonal_roots(self, gram: jax.Array, size: int, what: str) -> tuple[jax.Array, jax.Array]:
-        if gram.ndim != 1:
-            raise StructureError(
-                f"{self.structure.name}: a full {what} couples the slices and has no closed form; pass its diagonal"
-            )
-        return gram_roots(gram, size, what)
 
     def _flops(self, rows: int) -> int:
         k, p, l, s, r = self.sizes

@@ -20,10 +20,23 @@ def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Ar
     """
     w = w.astype(working_dtype(w))
     u, s, vt = jnp.linalg.svd(w, full_matrices=False)
-    u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
+    u, vt = _fix_signs(u[..., :rank], vt[..., :rank, :])
+    return u, s[..., :rank], vt
+
+
+def _fix_signs(u: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array]:
     peak = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-2, keepdims=True), axis=-2)
     sign = jnp.where(peak == 0, 1, peak / jnp.where(peak == 0, 1, jnp.abs(peak)))
-    return u / sign, s, vt * jnp.swapaxes(sign, -1, -2)
+    return u / sign, vt * jnp.swapaxes(sign, -1, -2)
+
+
+def svd_of_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """SVD of a @ b for thin a `(m, r)` and flat b `(r, n)` without forming it; signs as in `truncated_svd`."""
+    qa, ra = jnp.linalg.qr(a)
+    qb, rb = jnp.linalg.qr(b.T)
+    u, s, vt = jnp.linalg.svd(ra @ rb.T, full_matrices=False)
+    u, vt = _fix_signs(qa @ u, vt @ qb.T)
+    return u, s, vt
 
 
 def balanced_split(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -54,6 +67,17 @@ def gram_roots(gram: jax.Array, size: int, what: str) -> tuple[jax.Array, jax.Ar
     root = jnp.sqrt(jnp.where(values > floor, values, 0))
     inverse = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
     return (vectors * root) @ vectors.T.conj(), (vectors * inverse) @ vectors.T.conj()
+
+
+def diagonal_roots(gram: jax.Array, size: int, what: str, name: str) -> tuple[jax.Array, jax.Array]:
+    """`gram_roots` for families solved entry group by entry group, which only a diagonal gram keeps apart.
+
+    Raises:
+      StructureError: a full gram.
+    """
+    if gram.ndim != 1:
+        raise StructureError(f"{name}: a full {what} couples the blocks and has no closed form; pass its diagonal")
+    return gram_roots(gram, size, what)
 
 
 def scale_rows(root: jax.Array | None, w: jax.Array) -> jax.Array:

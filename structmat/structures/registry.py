@@ -2,15 +2,21 @@
 
 from structmat.structures.algebra import Frozen, Product, Scaled, Transpose
 from structmat.structures.base import Structure
+from structmat.structures.block_diagonal import BlockDiagonal
 from structmat.structures.block_low_rank import BlockLowRank
 from structmat.structures.dense import Dense
+from structmat.structures.diagonal import Diagonal
 from structmat.structures.fit import Fit
 from structmat.structures.low_rank import LowRank
 from structmat.structures.monarch import Monarch
+from structmat.structures.spectral import Spectral
 
 FAMILIES: dict[str, type[Structure]] = {
     "dense": Dense,
     "low_rank": LowRank,
+    "spectral": Spectral,
+    "diagonal": Diagonal,
+    "block_diagonal": BlockDiagonal,
     "block_low_rank": BlockLowRank,
     "monarch": Monarch,
 }
