@@ -1,0 +1,43 @@
+"""Where arrays live: named meshes, logical-axis rules, plan against program, ahead-of-time compiles for pods.
+
+In the order a training run uses them:
+
+    mesh = make_mesh({"data": 2, "fsdp": -1})             # axes data, fsdp, tensor; every device is used
+    boxed = jax.eval_shape(model.init, key, example)      # variables as Linen returns them, with logical axes
+    variables = shardings(mesh, boxed)                    # a NamedSharding per leaf, tree as unbox(boxed)
+    state = state_shardings(mesh, variables, abstract)    # a NamedSharding per leaf of any state around them
+    rows = local_rows(mesh, batch_size)                   # the rows this process has to make
+    batch = shard_batch(mesh, numpy_batch, batch_size)    # global arrays, sharded as batch_sharding(mesh)
+    with on_mesh(mesh):                                   # set_mesh + logical rules; without it constraints do nothing
+        jax.jit(step, in_shardings=(state, batch_sharding(mesh)), out_shardings=(state, None), donate_argnums=0)
+"""
+
+from structmat.parallel.mesh import AXES, MeshError, make_mesh
+from structmat.parallel.rules import (
+    DEFAULT_RULES,
+    AxisRules,
+    batch_sharding,
+    local_rows,
+    on_mesh,
+    shard_batch,
+    shardings,
+    spec_for,
+    state_shardings,
+    unbox,
+)
+
+__all__ = [
+    "AXES",
+    "DEFAULT_RULES",
+    "AxisRules",
+    "MeshError",
+    "batch_sharding",
+    "local_rows",
+    "make_mesh",
+    "on_mesh",
+    "shard_batch",
+    "shardings",
+    "spec_for",
+    "state_shardings",
+    "unbox",
+]
