@@ -1,0 +1,122 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from structmat.nn import StructuredDense, StructuredDenseGeneral, StructuredEmbed, choose_path, sites
+from structmat.structures import StructureError, parse
+
+KEY = jax.random.key(0)
+STRUCTURES = ["dense()", "low_rank(rank=4)", "monarch(blocks=2)", "low_rank(rank=2) + frozen(monarch(blocks=2))"]
+
+
+def variables(module, *args):
+    return nn.unbox(jax.jit(module.init)(KEY, *args))
+
+
+@pytest.mark.parametrize("text", STRUCTURES)
+def test_layer_equals_its_dense_matrix(text):
+    x = jax.random.normal(KEY, (3, 5, 16))
+    layer = StructuredDense(24, structure=text)
+    held = variables(layer, x)
+    found = {n: v for c in ("params", "frozen") for n, v in held.get(c, {}).items() if n != "bias"}
+    bound = parse(text).bind(16, 24)
+    expected = x @ bound.materialize(found) + held["params"]["bias"]
+    np.testing.assert_allclose(layer.apply(held, x), expected, atol=1e-5)
+
+
+def test_dense_is_a_drop_in_for_flax():
+    x = jax.random.normal(KEY, (3, 16))
+    ours, theirs = StructuredDense(8), nn.Dense(8)
+    held = variables(ours, x)
+    assert jax.tree.map(jnp.shape, held) == jax.tree.map(jnp.shape, theirs.init(KEY, x))
+    np.testing.assert_array_equal(ours.apply(held, x), theirs.apply(held, x))
+
+
+def test_general_contracts_and_makes_several_axes():
+    x = jax.random.normal(KEY, (2, 4, 6))
+    layer = StructuredDenseGeneral((3, 8), axis=(-2, -1), structure="low_rank(rank=2)", use_bias=False)
+    held = variables(layer, x)
+    w = held["params"]["a"].T @ held["params"]["b"]
+    np.testing.assert_allclose(layer.apply(held, x), (x.reshape(2, 24) @ w).reshape(2, 3, 8), atol=1e-5)
+
+
+def test_frozen_and_trainable_leaves_are_apart_and_drawn_together():
+    x = jnp.ones((2, 16))
+    held = variables(StructuredDense(24, structure="frozen(dense()) + low_rank(rank=2)"), x)
+    assert set(held["params"]) == {"1", "bias"} and set(held["frozen"]) == {"0"}
+    assert not held["params"]["1"]["b"].any() and held["frozen"]["0"]["kernel"].any()
+    one = variables(StructuredDense(24, structure="low_rank(rank=2)"), x)["params"]
+    part = variables(StructuredDense(24, structure="low_rank(rank=2, train=('b',))"), x)
+    np.testing.assert_array_equal(part["frozen"]["a"], one["a"])
+    np.testing.assert_array_equal(part["params"]["b"], one["b"])
+
+
+def test_gain_zero_starts_at_zero_with_live_gradients():
+    x = jnp.ones((2, 16))
+    layer = StructuredDense(16, structure="monarch(blocks=2)", gain=0.0)
+    held = variables(layer, x)
+    assert not layer.apply(held, x).any()
+    grads = jax.grad(lambda p: layer.apply({"params": p}, x).sum())(held["params"])
+    assert jnp.abs(grads["L"]).max() > 0
+
+
+@pytest.mark.parametrize("path", ["factored", "dense"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_paths_agree(path, dtype):
+    x = jax.random.normal(KEY, (4, 16))
+    layer = StructuredDense(24, structure="monarch(blocks=2)", path=path, dtype=dtype)
+    held = variables(layer, x)
+    y = layer.apply(held, x)
+    assert y.dtype == dtype and held["params"]["R"].dtype == jnp.float32
+    full = StructuredDense(24, structure="monarch(blocks=2)", path="factored").apply(held, x)
+    np.testing.assert_allclose(y.astype(jnp.float32), full, atol=1e-5 if dtype == jnp.float32 else 0.05)
+
+
+def test_auto_path_follows_the_break_even():
+    low = parse("low_rank(rank=8)").bind(512, 512)
+    assert choose_path(low, 4096)[0] == "factored"
+    full = parse("low_rank(rank=512)").bind(512, 512)
+    assert choose_path(full, 4096)[0] == "dense"
+    assert choose_path(full, 1)[0] == "factored"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"structure": "monarch(blocks=5)"}, "blocks=5 does not fit"),
+        ({"path": "fast"}, "path must be one of auto, factored, dense"),
+        ({"kind": "attention"}, "kind must be one of"),
+        ({"axis": 0}, "must name the last axes"),
+    ],
+)
+def test_bad_arguments_name_the_value(kwargs, message):
+    with pytest.raises(StructureError, match=message):
+        StructuredDenseGeneral(16, **kwargs).init(KEY, jnp.ones((4, 16)))
+
+
+@pytest.mark.parametrize("text", STRUCTURES)
+def test_embedding_rows_have_rms_one_and_attend_is_the_transpose(text):
+    embed = StructuredEmbed(512, 64, structure=text)
+    ids = jnp.arange(512)
+    held = variables(embed, ids)
+    table = embed.apply(held, ids)
+    rms = float(jnp.sqrt(jnp.mean(table**2)))
+    assert 0.8 < rms < 1.25
+    x = jax.random.normal(KEY, (3, 64))
+    np.testing.assert_allclose(embed.apply(held, x, method="attend"), x @ table.T, rtol=2e-3, atol=2e-3)
+    with pytest.raises(StructureError, match="integers"):
+        embed.apply(held, jnp.ones((3,)))
+
+
+def test_leaves_carry_the_sites_logical_axes():
+    layer = StructuredDense(24, structure="low_rank(rank=4)", in_axes="embed", out_axes="mlp")
+    boxed = layer.init(KEY, jnp.ones((2, 16)))["params"]
+    assert (
+        boxed["a"].names == ("rank", "embed")
+        and boxed["b"].names == ("rank", "mlp")
+        and boxed["bias"].names == ("mlp",)
+    )
+    (site,) = sites(nn.Sequential([layer]), jnp.ones((2, 16))).values()
+    assert site.in_axes == ("embed",) and site.out_axes == ("mlp",) and site.kind == "linear"
