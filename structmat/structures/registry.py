@@ -7,9 +7,11 @@ from structmat.structures.block_low_rank import BlockLowRank
 from structmat.structures.dense import Dense
 from structmat.structures.diagonal import Diagonal
 from structmat.structures.fit import Fit
+from structmat.structures.kronecker import Kronecker
 from structmat.structures.low_rank import LowRank
 from structmat.structures.monarch import Monarch
 from structmat.structures.spectral import Spectral
+from structmat.structures.tensor_train import TensorTrain
 
 FAMILIES: dict[str, type[Structure]] = {
     "dense": Dense,
@@ -19,6 +21,8 @@ FAMILIES: dict[str, type[Structure]] = {
     "block_diagonal": BlockDiagonal,
     "block_low_rank": BlockLowRank,
     "monarch": Monarch,
+    "kronecker": Kronecker,
+    "tensor_train": TensorTrain,
 }
 
 COMBINATORS: dict[str, type[Structure]] = {
