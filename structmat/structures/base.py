@@ -8,6 +8,7 @@ Arrays never live here: parameters are plain nested dicts passed to pure functio
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -151,6 +152,12 @@ def check_value(value: Any, hint: Any, what: str) -> Any:
     raise StructureError(f"{what} must be {_show_hint(hint)}, got {value!r}")
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Resolved field types; reading them is slow and `fit` builds thousands of members."""
+    return typing.get_type_hints(cls)
+
+
 def _show_hint(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -179,7 +186,7 @@ class Structure:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _hints(type(self))
         for field in dataclasses.fields(self):
             value = check_value(getattr(self, field.name), hints[field.name], f"{self.name}: {field.name}")
             object.__setattr__(self, field.name, value)
