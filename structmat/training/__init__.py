@@ -1,0 +1,1 @@
+"""State, step, loop, checkpoints, metrics, progress and the Record of a run."""
