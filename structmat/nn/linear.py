@@ -17,6 +17,9 @@ from structmat.structures import Bound, Structure, StructureError, parse
 from structmat.structures.base import Axes
 
 PATHS = ("auto", "factored", "dense")
+PROBE = "probe"
+"""Collection of dense `weight` (d_in, d_out) added to a site's matrix where present; the loss's gradient at zero is its
+gradient by the materialised matrix."""
 
 
 class StructuredDenseGeneral(nn.Module):
@@ -63,7 +66,10 @@ class StructuredDenseGeneral(nn.Module):
         params = declare(self, bound, self.in_axes, self.out_axes, self.param_dtype, self.gain)
         dtype = compute_dtype(self.dtype, x, params)
         batch = x.shape[: axes[0]]
-        y = product(bound, cast(params, dtype), x.reshape(*batch, bound.d_in).astype(dtype), self.path)
+        x = x.reshape(*batch, bound.d_in).astype(dtype)
+        y = product(bound, cast(params, dtype), x, self.path)
+        if self.has_variable(PROBE, "weight"):
+            y = y + x @ self.get_variable(PROBE, "weight").astype(dtype)
         y = y.reshape(*batch, *features)
         if self.use_bias:
             out_axes = self.out_axes if isinstance(self.out_axes, tuple) else (self.out_axes,) * len(features)
@@ -112,9 +118,15 @@ class StructuredEmbed(nn.Module):
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise StructureError(f"embedding ids must be integers, got {ids.dtype}")
         dtype = compute_dtype(self.dtype, jnp.zeros((), self.param_dtype), self.table)
-        return self.bound.take(cast(self.table, dtype), ids)
+        rows = self.bound.take(cast(self.table, dtype), ids)
+        if self.has_variable(PROBE, "weight"):
+            rows = rows + self.get_variable(PROBE, "weight").astype(dtype)[ids]
+        return rows
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x `(..., features)` -> logits `(..., num_embeddings)`."""
         dtype = compute_dtype(self.dtype, x, self.table)
-        return self.bound.rmatmul(cast(self.table, dtype), x.astype(dtype))
+        logits = self.bound.rmatmul(cast(self.table, dtype), x.astype(dtype))
+        if self.has_variable(PROBE, "weight"):
+            logits = logits + x.astype(dtype) @ self.get_variable(PROBE, "weight").astype(dtype).T
+        return logits

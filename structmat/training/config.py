@@ -1,0 +1,208 @@
+"""Every field of a run's config, its default, and what makes it valid; checked before data is read or code compiled."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from structmat.models.stack import POLICIES
+from structmat.nn import assign
+from structmat.optim import OPTIMIZERS, SCHEDULES
+from structmat.parallel import MeshError
+from structmat.parallel.mesh import mesh_shape
+from structmat.structures import StructureError
+from structmat.structures.errors import nearest, suggest
+from structmat.training.errors import ConfigError
+from structmat.training.task import Task
+from structmat.training.tasks import TASKS
+
+DTYPES = ("float32", "bfloat16")
+FREE = ("mesh", "checkpoint", "log_every", "max_skips", "profile")
+"""Fields a resumed run may change; all others decide what is learned."""
+
+
+def default(task: str = "lm") -> ConfigDict:
+    """The config of a task with every field at its default."""
+    return ConfigDict(
+        dict(
+            task=task,  # what to learn: see structmat.training.tasks
+            seed=0,  # of initialisation, data order and dropout
+            steps=600,
+            batch=16,  # examples per step over all devices
+            structure="dense()",  # one structure for all linear sites, or 'regex -> structure; regex -> structure'
+            optim=dict(
+                name="adamw",
+                lr=8e-3,  # peak rate, tuned for the dense model of mup.base_width
+                schedule="cosine",
+                warmup=0.05,  # steps, or a fraction of the run if below 1
+                weight_decay=0.1,  # decoupled, on matrices only
+                b1=0.9,
+                b2=0.95,
+                eps=1e-8,
+                clip=1.0,  # global gradient norm; 0 is off
+            ),
+            mup=dict(
+                enabled=True,  # structure-aware learning rates, so that `lr` carries over to any structure and width
+                base_width=128,  # width of the dense model `lr` was tuned on
+            ),
+            mesh=dict(data=-1, fsdp=1, tensor=1),  # devices per axis; -1 is what is left
+            eval=dict(
+                every=0,  # steps between evaluations on held-out data; 0 is only at the end
+                batches=0,  # held-out batches to use; 0 is all
+            ),
+            checkpoint=dict(every=200, keep=2),  # steps between saves; newest saves kept
+            max_skips=10,  # stop after this many non-finite steps in a row
+            log_every=10,  # steps between rows of metrics
+            profile="",  # 'start:stop': write a profiler trace of these steps into the workdir
+            **TASKS[task].defaults(),
+        )
+    )
+
+
+def validate(config: ConfigDict, devices: int | None = None) -> Task:
+    """Check every field and choose a structure for every site.
+
+    Args:
+      devices: how many the mesh must use; default all there are.
+
+    Returns:
+      The task with its model's structures resolved. No data was read and nothing compiled.
+
+    Raises:
+      ConfigError: the first invalid field, with value, rule and a valid choice.
+    """
+    name = config.get("task", None)
+    if name not in TASKS:
+        raise ConfigError("task", name, "unknown task" + suggest(str(name), TASKS))
+    _check_fields(config.to_dict(), default(name).to_dict(), "")
+    _check_ranges(config)
+    _check_optim(config)
+    task = TASKS[name]
+    if config.model.name not in task.MODELS:
+        hint = suggest(config.model.name, task.MODELS)
+        raise ConfigError("model.name", config.model.name, f"no model of task {name!r}" + hint)
+    task.check(config)
+    _check_mesh(config, jax.device_count() if devices is None else devices)
+    built = task.build(config)
+    try:
+        model = assign(built.model, config.structure, *built.example)
+    except StructureError as error:
+        raise ConfigError("structure", config.structure, str(error)) from None
+    return built.with_model(model)
+
+
+def _check_fields(given: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> None:
+    """Same keys and types as the default; an int may stand for a float."""
+    for key, value in given.items():
+        if key not in wanted:
+            raise ConfigError(prefix + key, value, "no such field" + suggest(key, wanted))
+    for key, sample in wanted.items():
+        if key not in given:
+            raise ConfigError(prefix + key, None, "this field is missing", f"the default is {sample!r}")
+        value = given[key]
+        if isinstance(sample, Mapping) and isinstance(value, Mapping):
+            _check_fields(value, sample, f"{prefix}{key}.")
+        elif type(value) is not type(sample) and not (type(sample) is float and type(value) is int):
+            shown = type(sample).__name__
+            raise ConfigError(prefix + key, value, f"must be of type {shown}", f"the default is {sample!r}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(prefix + key, value, "must be finite", f"the default is {sample!r}")
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    if not 0 <= config.seed < 2**31:
+        raise ConfigError("seed", config.seed, "must be in 0 .. 2147483647", f"{config.seed % 2**31} is")
+    for field in ("steps", "batch", "max_skips", "log_every", "checkpoint.every", "checkpoint.keep", "mup.base_width"):
+        _at_least(config, field, 1)
+    for field in ("eval.every", "eval.batches"):
+        _at_least(config, field, 0)
+    if config.steps >= 2**31:
+        raise ConfigError("steps", config.steps, "must be below 2147483648")
+    if not 0 <= config.model.dropout < 1:
+        raise ConfigError("model.dropout", config.model.dropout, "must be in [0, 1)", "0.1 is common")
+    if config.model.dtype not in DTYPES:
+        raise ConfigError(
+            "model.dtype", config.model.dtype, "no such compute dtype" + suggest(config.model.dtype, DTYPES)
+        )
+    if config.model.get("remat", "none") not in POLICIES:
+        raise ConfigError("model.remat", config.model.remat, "no such policy" + suggest(config.model.remat, POLICIES))
+    if config.profile:
+        profile_steps(config)
+
+
+def profile_steps(config: ConfigDict) -> tuple[int, int]:
+    """(start, stop) of `config.profile`; raises ConfigError unless 0 <= start < stop <= steps."""
+    start, colon, stop = config.profile.partition(":")
+    if colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop) <= config.steps:
+        return int(start), int(stop)
+    example = f"{min(10, config.steps - 1)}:{min(20, config.steps)}"
+    raise ConfigError(
+        "profile", config.profile, f"must be 'start:stop' with start < stop <= {config.steps}", f"{example!r} is"
+    )
+
+
+def _at_least(config: ConfigDict, field: str, low: int) -> None:
+    value: Any = config
+    for part in field.split("."):
+        value = value[part]
+    if value < low:
+        raise ConfigError(field, value, f"must be at least {low}", f"{low} is")
+
+
+def _check_optim(config: ConfigDict) -> None:
+    spec = config.optim
+    for field, valid in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if spec[field] not in valid:
+            raise ConfigError(f"optim.{field}", spec[field], f"unknown {field}" + suggest(spec[field], valid))
+    for field, fits, rule, good in (
+        ("lr", spec.lr > 0, "must be above 0", 1e-3),
+        ("eps", spec.eps > 0, "must be above 0", 1e-8),
+        ("warmup", spec.warmup >= 0, "must be at least 0", 0),
+        ("weight_decay", spec.weight_decay >= 0, "must be at least 0", 0),
+        ("clip", spec.clip >= 0, "must be at least 0", 1.0),
+        ("b1", 0 <= spec.b1 < 1, "must be in [0, 1)", 0.9),
+        ("b2", 0 <= spec.b2 < 1, "must be in [0, 1)", 0.95),
+    ):
+        if not fits:
+            raise ConfigError(f"optim.{field}", spec[field], rule, f"{good} is")
+    if spec.warmup >= 1 and spec.warmup != int(spec.warmup):
+        raise ConfigError(
+            "optim.warmup", spec.warmup, "must be whole steps, or a fraction below 1", f"{int(spec.warmup)} is"
+        )
+    if spec.warmup >= config.steps:
+        raise ConfigError(
+            "optim.warmup", spec.warmup, f"must be below steps={config.steps}", "0.05 is a twentieth of the run"
+        )
+
+
+def _check_mesh(config: ConfigDict, devices: int) -> None:
+    try:
+        data, fsdp, _ = mesh_shape(config.mesh.to_dict(), devices)
+    except MeshError as error:
+        raise ConfigError("mesh", config.mesh.to_dict(), str(error)) from None
+    if config.batch % (parts := data * fsdp):
+        valid = nearest(config.batch, range(parts, config.batch + 2 * parts, parts), 2)
+        raise ConfigError(
+            "batch", config.batch, f"must be divisible by mesh data x fsdp = {parts}", f"nearest: {valid}"
+        )
+
+
+def identity(config: ConfigDict, rule: Any = None) -> dict[str, Any]:
+    """What makes two runs the same run, as JSON: the config without FREE fields, and the Rule."""
+    kept = {k: v for k, v in config.to_dict().items() if k not in FREE}
+    return json.loads(json.dumps(kept | {"rule": repr(rule) if rule is not None else ""}))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two nested dicts differ."""
+    for key in dict.fromkeys([*new, *old]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield prefix + key, a, b

@@ -1,0 +1,84 @@
+"""Everything that changes during a run, as one pytree with a sharding on every leaf."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from structmat.parallel import shardings, state_shardings
+from structmat.training.task import Task
+
+if TYPE_CHECKING:
+    from structmat.training.rule import Rule
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Saved, restored, sharded and donated whole.
+
+    Attributes:
+      step: int32 (), number of steps taken, skipped ones included; the only clock.
+      params: trainable leaves. frozen: the others, never differentiated.
+      opt_state: the optimiser's. rule_state: the Rule's, or {}.
+      skips: int32 (2,): steps skipped in a row, and in all, for a non-finite loss, gradient or update.
+    """
+
+    step: jax.Array
+    params: Any
+    frozen: Any
+    opt_state: Any
+    rule_state: Any
+    skips: jax.Array
+
+
+def variables_of(state: TrainState) -> dict[str, Any]:
+    """What the model's `apply` takes."""
+    return {"params": state.params, "frozen": state.frozen}
+
+
+def abstract_variables(task: Task) -> Any:
+    """Shapes of the model's variables, still boxed with their logical axes."""
+    return jax.eval_shape(lambda key: task.model.init(key, *_zeros(task)), jax.random.key(0))
+
+
+def initial_state(task: Task, tx: optax.GradientTransformation, rule: Rule | None, seed: int) -> TrainState:
+    """The state before step 0; traceable."""
+    variables = nn.meta.unbox(task.model.init(jax.random.key(seed), *_zeros(task)))
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        frozen=variables.get("frozen", {}),
+        opt_state=tx.init(variables["params"]),
+        rule_state={},
+        skips=jnp.zeros((2,), jnp.int32),
+    )
+    return state if rule is None else state.replace(rule_state=rule.init(task.table(), state))
+
+
+def plan_state(task: Task, tx: optax.GradientTransformation, rule: Rule | None, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every leaf: the template of creation, restore and ahead-of-time compiles.
+
+    Every leaf is laid out over the mesh, down to Adam's count: a restore commits a leaf left on one device there, and
+    the next step then fails.
+    """
+    abstract = jax.eval_shape(lambda: initial_state(task, tx, rule, 0))
+    places = state_shardings(mesh, shardings(mesh, abstract_variables(task)), abstract)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places)
+
+
+def create_state(
+    task: Task, tx: optax.GradientTransformation, rule: Rule | None, template: TrainState, seed: int
+) -> TrainState:
+    """The initial state, made where it will live; to be called with the mesh set."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, template)
+    return jax.jit(lambda: initial_state(task, tx, rule, seed), out_shardings=places)()
+
+
+def _zeros(task: Task) -> list[jax.Array]:
+    return [jnp.zeros(e.shape, e.dtype) for e in task.example]

@@ -1,0 +1,89 @@
+"""One step of training as a pure function of (state, batch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from structmat.training.rule import Rule, dense_gradients
+from structmat.training.state import TrainState, variables_of
+from structmat.training.task import Batch, Task
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+DROPOUT, RULE = 0, 1
+"""Streams of randomness within a step."""
+
+
+def make_step(
+    task: Task, tx: optax.GradientTransformation, rule: Rule | None, schedule: optax.Schedule, seed: int
+) -> Step:
+    """The step, to be jitted with the state donated.
+
+    Only `params` are differentiated. Complex gradients are conjugated once, so that stepping against them descends.
+    Where the loss, a gradient or an update is not finite, everything but the clock and the skip counters stays as it
+    was. The rule acts after the optimiser, on the steps that are due, and sees the new parameters.
+
+    Returns:
+      (state, batch) -> (state, metrics). Metrics are scalars, but for `bad`: bool (leaves of params,), which gradients
+      or updates were not finite.
+    """
+    table = task.table()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        dropout = jax.random.fold_in(key, DROPOUT)
+
+        def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return task.loss(task.model, {"params": params, "frozen": state.frozen}, batch, dropout, True)
+
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        grads = jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        grad_sq, update_sq = _squares(grads), _squares(updates)
+        bad = ~(jnp.isfinite(grad_sq) & jnp.isfinite(update_sq))
+        ok = jnp.isfinite(value) & ~bad.any()
+
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+        skipped = (~ok).astype(jnp.int32)
+        new = state.replace(
+            step=state.step + 1,
+            params=keep(optax.apply_updates(state.params, updates), state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            skips=jnp.stack([(state.skips[0] + 1) * skipped, state.skips[1] + skipped]),
+        )
+
+        def act(now: TrainState) -> TrainState:
+            grads = {}
+            if rule.needs_dense_gradients:
+                dense_loss = lambda v: task.loss(task.model, v, batch, dropout, True)[0]
+                grads = dense_gradients(dense_loss, variables_of(now), table)
+            return rule.update(jax.random.fold_in(key, RULE), now.step, grads, now)
+
+        if rule is not None:
+            new = jax.lax.cond(ok & rule.due(new.step), act, lambda now: now, new)
+        metrics = {name: m for name, m in metrics.items() if name != "count"} | {
+            "grad_norm": jnp.sqrt(grad_sq.sum()),
+            "update_norm": jnp.sqrt(update_sq.sum()),
+            "param_norm": jnp.sqrt(_squares(new.params).sum()),
+            "lr": jnp.asarray(schedule(state.step - state.skips[1]), jnp.float32),
+            "skipped": new.skips[0],
+            "skipped_total": new.skips[1],
+            "bad": bad,
+        }
+        return new, metrics
+
+    return step
+
+
+def leaf_paths(params: Any) -> list[str]:
+    """Slash paths in the order of the entries of `bad`."""
+    return [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _squares(tree: Any) -> jax.Array:
+    """f32 (leaves,): squared norm of each leaf."""
+    return jnp.stack([jnp.sum(jnp.square(jnp.abs(leaf)).astype(jnp.float32)) for leaf in jax.tree.leaves(tree)])

@@ -1,0 +1,125 @@
+"""What a task is to the loop: a model, a loss and data, all pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from structmat.nn import Site, sites
+from structmat.structures import StructureError, parse
+
+Batch = Mapping[str, Any]
+Variables = Mapping[str, Any]
+Loss = Callable[[nn.Module, Variables, Batch, "jax.Array | None", bool], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Loaded data.
+
+    Attributes:
+      batch: (step, rows) -> numpy arrays; `rows` is the range of the whole batch wanted here, None is all of it.
+      heldout: () -> the held-out batches, in a fixed order.
+      sha256: of the content; two runs compare only where it is equal.
+      description: one line for people.
+      reference: what a method without a model reaches, by metric name.
+    """
+
+    batch: Callable[[int, range | None], dict[str, np.ndarray]]
+    heldout: Callable[[], Iterator[dict[str, np.ndarray]]]
+    sha256: str
+    description: str
+    reference: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model to train on something.
+
+    Attributes:
+      model: its module, with structures assigned.
+      base: the dense module the learning rate was tuned on (muP).
+      example: shapes of one call's positional arguments.
+      batch: shapes of one whole batch.
+      loss: (model, variables, batch, rng, train) -> (mean loss, metrics); metrics hold `count`, the number of examples
+        behind the means. `rng` is None where `train` is False.
+      metric: the name of the held-out figure quoted first.
+      unit: what throughput and FLOPs are counted in; `units` per batch.
+      other_flops: FLOPs of a forward pass per unit outside the sites (attention products).
+      load: reads the data; nothing before it touches any.
+    """
+
+    name: str
+    model: nn.Module
+    base: nn.Module
+    example: tuple[jax.ShapeDtypeStruct, ...]
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    loss: Loss
+    metric: str
+    unit: str
+    units: int
+    other_flops: int
+    load: Callable[[], Source]
+
+    def table(self) -> dict[str, Site]:
+        """The sites of the model."""
+        return sites(self.model, *self.example)
+
+    def with_model(self, model: nn.Module) -> Task:
+        """The task with another module of the same interface."""
+        return dataclasses.replace(self, model=model)
+
+    def flops(self) -> int:
+        """FLOPs of one forward pass per unit: every product by its structure's algorithm, and attention."""
+        total = self.other_flops
+        for site in self.table().values():
+            tied = site.kind == "embed" and getattr(self.model, "tie", False)
+            total += site.bound.cost(1).flops if site.kind != "embed" or tied else 0
+        return total
+
+
+def dump_table(table: Mapping[str, Site]) -> dict[str, dict[str, Any]]:
+    """The site table as JSON: layer path -> canonical structure text, kind, in_shape, out_shape."""
+    return {
+        path: {
+            "structure": str(site.bound.structure),
+            "kind": site.kind,
+            "in_shape": list(site.bound.in_shape),
+            "out_shape": list(site.bound.out_shape),
+        }
+        for path, site in table.items()
+    }
+
+
+def with_table(task: Task, stored: Mapping[str, Mapping[str, Any]]) -> Task:
+    """The task with the structures of a stored table in place of what the config's rules chose.
+
+    Raises:
+      StructureError: the model has other sites or sizes than the table; names the first.
+    """
+    structures = tuple((path, parse(row["structure"])) for path, row in stored.items())
+    task = task.with_model(task.model.clone(structures=structures))
+    found = json.loads(json.dumps(dump_table(task.table())))
+    for path in [*stored, *(p for p in found if p not in stored)]:
+        if dict(stored.get(path, {})) != found.get(path):
+            raise StructureError(
+                f"site {path}: the checkpoint has {dict(stored.get(path, {})) or 'no such site'}, "
+                f"the model {found.get(path, 'no such site')}"
+            )
+    return task
+
+
+def mean_metrics(parts: list[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over batches weighted by each one's `count`; in float64, so that the order of batches hardly matters."""
+    counts = np.array([float(p["count"]) for p in parts])
+    return {
+        name: float(np.dot([float(p[name]) for p in parts], counts) / counts.sum())
+        for name in parts[0]
+        if name != "count"
+    }

@@ -1,0 +1,8 @@
+"""Every task the loop knows, one line each; a task module has `defaults()`, `check(config)` and `build(config)`."""
+
+from structmat.training.tasks import digits, lm
+
+TASKS = {
+    "lm": lm,
+    "digits": digits,
+}

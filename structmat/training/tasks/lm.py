@@ -1,0 +1,124 @@
+"""Next-token prediction on a corpus: bytes of the standard library by default, or a user's own text or tokens."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from structmat.data import batches, bigram, bytes_text, own
+from structmat.data.corpus import Corpus
+from structmat.data.errors import DataError
+from structmat.models import GPT
+from structmat.training.errors import ConfigError
+from structmat.training.task import Batch, Source, Task, Variables
+
+MODELS = {"gpt": GPT}
+BYTES = 256
+
+
+def defaults() -> dict[str, Any]:
+    """The fields of `config.model` and `config.data`."""
+    return dict(
+        model=dict(
+            name="gpt",
+            layers=2,
+            width=128,
+            heads=4,
+            context=64,
+            mlp_ratio=4,
+            vocab=BYTES,  # number of token ids; 256 for bytes
+            dropout=0.0,
+            tie=False,  # the head is the transposed embedding
+            scan=True,  # stack and scan equal adjacent layers: compiles faster
+            remat="none",  # none | full | dots: recompute activations in the backward pass
+            dtype="float32",  # compute dtype; parameters stay float32
+        ),
+        data=dict(
+            root="",  # '' is the standard library of this Python; else a folder, a .jsonl or a .npy of token ids
+            glob="**/*.txt",  # which files of a folder
+        ),
+    )
+
+
+def check(config: Any) -> None:
+    """Refuse sizes no model of this task can have."""
+    m = config.model
+    for name in ("layers", "width", "heads", "context", "mlp_ratio"):
+        if m[name] < 1:
+            raise ConfigError(f"model.{name}", m[name], "must be at least 1")
+    if m.vocab < 2:
+        raise ConfigError("model.vocab", m.vocab, "must be at least 2", f"{BYTES} for bytes")
+    if m.width % m.heads:
+        near = min((h for h in range(1, m.width + 1) if m.width % h == 0), key=lambda h: abs(h - m.heads))
+        raise ConfigError("model.heads", m.heads, f"must divide model.width={m.width}", f"{near} does")
+
+
+def build(config: Any) -> Task:
+    """The task of a checked config, all sites still dense."""
+    m = config.model
+    model = GPT(
+        **{k: m[k] for k in ("vocab", "context", "layers", "width", "heads", "mlp_ratio")},
+        **{k: m[k] for k in ("dropout", "tie", "scan", "remat")},
+        dtype=jnp.dtype(m.dtype),
+    )
+    tokens = jax.ShapeDtypeStruct((config.batch, m.context), jnp.int32)
+    return Task(
+        name="lm",
+        model=model,
+        base=model.clone(width=config.mup.base_width, heads=1),
+        example=(tokens,),
+        batch={"tokens": jax.ShapeDtypeStruct((config.batch, m.context + 1), jnp.int32)},
+        loss=loss,
+        metric="bits_per_byte" if m.vocab == BYTES else "bits_per_token",
+        unit="token",
+        units=config.batch * m.context,
+        other_flops=m.layers * 4 * m.context * m.width,
+        load=lambda: load(config),
+    )
+
+
+def loss(
+    model: nn.Module, variables: Variables, batch: Batch, rng: jax.Array | None, train: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy in nats of tokens `(batch, context + 1)` int32, and the same in bits."""
+    inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    logits = model.apply(variables, inputs, train, rngs={"dropout": rng} if train else None)
+    value = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+    name = "bits_per_byte" if model.vocab == BYTES else "bits_per_token"
+    return value, {"loss": value, name: value / math.log(2), "count": jnp.float32(targets.size)}
+
+
+def load(config: Any) -> Source:
+    """Read the corpus.
+
+    Raises:
+      DataError: missing or malformed data, or token ids beyond model.vocab.
+    """
+    m = config.model
+    corpus, reference = _corpus(config.data.root, config.data.glob)
+    if corpus.vocab_size > m.vocab:
+        raise DataError(f"{corpus.description}: token ids reach {corpus.vocab_size - 1}, but model.vocab={m.vocab}")
+    limit = config.eval.batches or None
+    batches.heldout_batches(corpus.heldout, config.batch, m.context, limit)  # refuse a corpus too small now
+    return Source(
+        batch=lambda step, rows=None: batches.lm_batch(corpus.train, config.seed, step, config.batch, m.context, rows),
+        heldout=lambda: batches.heldout_batches(corpus.heldout, config.batch, m.context, limit),
+        sha256=corpus.sha256,
+        description=corpus.description,
+        reference=reference,
+    )
+
+
+@lru_cache(maxsize=2)
+def _corpus(root: str, glob: str) -> tuple[Corpus, dict[str, float]]:
+    corpus = own.load_tokens(root, glob) if root else bytes_text.load()
+    if corpus.vocab_size > BYTES:
+        return corpus, {}
+    bits = bigram.bigram_bits_per_byte(corpus.train, corpus.heldout, vocab_size=corpus.vocab_size)
+    return corpus, {"byte_bigram": bits}
