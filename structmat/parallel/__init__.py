@@ -10,9 +10,14 @@ In the order a training run uses them:
     batch = shard_batch(mesh, numpy_batch, batch_size)    # global arrays, sharded as batch_sharding(mesh)
     with on_mesh(mesh):                                   # set_mesh + logical rules; without it constraints do nothing
         jax.jit(step, in_shardings=(state, batch_sharding(mesh)), out_shardings=(state, None), donate_argnums=0)
+
+`plan`, `differences`, `replicated` and `collectives` say what was planned and what was compiled; `topology_mesh` and
+`compile_for` do so for a TPU pod on a machine without TPU.
 """
 
+from structmat.parallel.aot import Program, compile_for, placed, topology_mesh
 from structmat.parallel.mesh import AXES, MeshError, make_mesh
+from structmat.parallel.report import LeafPlan, Traffic, bytes_per_device, collectives, differences, plan, replicated
 from structmat.parallel.rules import (
     DEFAULT_RULES,
     AxisRules,
@@ -30,14 +35,25 @@ __all__ = [
     "AXES",
     "DEFAULT_RULES",
     "AxisRules",
+    "LeafPlan",
     "MeshError",
+    "Program",
+    "Traffic",
     "batch_sharding",
+    "bytes_per_device",
+    "collectives",
+    "compile_for",
+    "differences",
     "local_rows",
     "make_mesh",
     "on_mesh",
+    "placed",
+    "plan",
+    "replicated",
     "shard_batch",
     "shardings",
     "spec_for",
     "state_shardings",
+    "topology_mesh",
     "unbox",
 ]

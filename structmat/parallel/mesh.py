@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from structmat.structures.errors import suggest
@@ -55,12 +56,21 @@ def mesh_shape(spec: Mapping[str, int] | None, count: int) -> tuple[int, int, in
 def make_mesh(spec: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `mesh_shape` over `devices` (default: all, of every process), with Auto axis types.
 
-    jax.make_mesh alone leaves surplus devices idle without a word, and defaults to Explicit axes, under which Linen's
-    partitioning metadata fails.
+    Devices are laid out along the physical links, and over several TPU slices only `data` crosses between them.
+    jax.make_mesh alone leaves surplus devices idle without a word, fails on sizes that split a physical axis, and
+    defaults to Explicit axes, under which Linen's partitioning metadata fails.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(spec, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = len({getattr(d, "slice_index", None) for d in devices}) if devices[0].platform == "tpu" else 1
+    if shape[0] % slices:
+        raise MeshError(f"mesh {_show(shape)}: data={shape[0]} must be a multiple of the {slices} slices")
+    if slices > 1:
+        inner = (shape[0] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def factorisations(count: int) -> Iterator[tuple[int, int, int]]:

@@ -31,6 +31,7 @@ DEFAULT_RULES: AxisRules = (
     ("classes", None),
     ("layers", None),
     ("rank", None),
+    ("terms", None),
     ("block_in", None),
     ("block_out", None),
 )
