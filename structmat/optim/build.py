@@ -18,8 +18,10 @@ OPTIMIZERS = {
 
 SCHEDULES = {
     "cosine": lambda lr, warmup, total: optax.warmup_cosine_decay_schedule(0.0, lr, warmup, total),
-    "constant": lambda lr, warmup, total: optax.warmup_constant_schedule(0.0, lr, warmup),
-    "linear": lambda lr, warmup, total: optax.schedules.join_schedules(
+    "constant": lambda lr, warmup, total: optax.join_schedules(
+        [optax.linear_schedule(0.0, lr, warmup), optax.constant_schedule(lr)], [warmup]
+    ),
+    "linear": lambda lr, warmup, total: optax.join_schedules(
         [optax.linear_schedule(0.0, lr, warmup), optax.linear_schedule(lr, 0.0, total - warmup)], [warmup]
     ),
 }

@@ -1,0 +1,1 @@
+"""Costs, timings and pictures of structures and runs."""
