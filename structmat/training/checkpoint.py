@@ -121,7 +121,7 @@ class Checkpointer:
         self._pending = self._pool.submit(self._finish, int(step), response, target, described, sums, extra)
 
     def wait(self) -> None:
-        """Returns when the last save is complete, verified names and all; raises CheckpointError if it failed."""
+        """Returns when the last save is complete (in process 0: manifest and all); raises CheckpointError if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -139,6 +139,7 @@ class Checkpointer:
         Its `extra` tells what model to build before there is a template to restore into.
         """
         self.wait()
+        _everywhere(True)  # process 0 finishes a save last; list the steps only after it has
         skipped: list[tuple[int, str]] = []
         for step in reversed(self.steps()):
             found = self._verified(step, skipped)
@@ -161,6 +162,7 @@ class Checkpointer:
         for name, x in wanted.items():
             if x.sharding is None:
                 raise ValueError(f"template leaf {name!r} has no sharding; give ShapeDtypeStruct(..., sharding=...)")
+        _everywhere(True)
         skipped: list[tuple[int, str]] = []
         for step in reversed(self.steps()):
             found = self._verified(step, skipped)
