@@ -262,6 +262,10 @@ class Wrapper(Bound):
 
     inner: Bound
 
+    @property
+    def exact(self) -> bool:
+        return self.inner.exact
+
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
         return self.inner.leaves(in_axes, out_axes, gain)
 

@@ -36,7 +36,8 @@ class Leaf:
       fan_in: how many inputs of RMS 1 one output of this factor's product sums over.
       fan_out: how many outputs one input of this factor's product reaches.
       std: standard deviation at initialisation.
-      law: `normal`, `uniform` (of that std), `zeros`, `ones` (times std), or `index` (drawn by the family).
+      law: `normal`, `uniform` (of that std), `zeros`, `ones` (times std), `index` (drawn by the family) or `derived`
+        (computed by the family from its other leaves).
       dtype: None for the parameter dtype asked for at init, else fixed (int32 for indices).
       trainable: False for frozen and integer leaves; those live in the Flax collection `frozen`.
       decay: whether weight decay applies.
@@ -44,6 +45,7 @@ class Leaf:
         multiplier is divided by it.
       embed_fan: fan_in when the input is one-hot (embeddings).
       mode: the init mode `std` follows, so that a transposed view can follow it too.
+      fixed_rate: the learning-rate multiplier is 1 (learned scales, which see no fan).
     """
 
     shape: Shape
@@ -58,6 +60,7 @@ class Leaf:
     share: int = 1
     embed_fan: int = 1
     mode: str = "spectral"
+    fixed_rate: bool = False
 
     @property
     def size(self) -> int:

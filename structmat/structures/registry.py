@@ -4,12 +4,17 @@ from structmat.structures.algebra import Frozen, Product, Scaled, Transpose
 from structmat.structures.base import Structure
 from structmat.structures.block_diagonal import BlockDiagonal
 from structmat.structures.block_low_rank import BlockLowRank
+from structmat.structures.block_tensor_train import BlockTensorTrain
 from structmat.structures.dense import Dense
 from structmat.structures.diagonal import Diagonal
 from structmat.structures.fit import Fit
 from structmat.structures.kronecker import Kronecker
 from structmat.structures.low_rank import LowRank
+from structmat.structures.masked import Masked
 from structmat.structures.monarch import Monarch
+from structmat.structures.n_m_sparse import NMSparse
+from structmat.structures.normalized import Dora, FakeQuantized, WeightNorm
+from structmat.structures.random_sparse import RandomSparse
 from structmat.structures.spectral import Spectral
 from structmat.structures.tensor_train import TensorTrain
 
@@ -21,16 +26,23 @@ FAMILIES: dict[str, type[Structure]] = {
     "block_diagonal": BlockDiagonal,
     "block_low_rank": BlockLowRank,
     "monarch": Monarch,
+    "block_tensor_train": BlockTensorTrain,
     "kronecker": Kronecker,
     "tensor_train": TensorTrain,
+    "random_sparse": RandomSparse,
+    "n_m_sparse": NMSparse,
 }
 
 COMBINATORS: dict[str, type[Structure]] = {
+    "dora": Dora,
+    "fake_quantized": FakeQuantized,
     "fit": Fit,
     "frozen": Frozen,
+    "masked": Masked,
     "product": Product,
     "scaled": Scaled,
     "transpose": Transpose,
+    "weight_norm": WeightNorm,
 }
 
 CONSTRUCTORS = FAMILIES | COMBINATORS
