@@ -15,7 +15,7 @@ In the order a training run uses them:
 `compile_for` do so for a TPU pod on a machine without TPU.
 """
 
-from structmat.parallel.aot import Program, compile_for, placed, topology_mesh
+from structmat.parallel.aot import Program, compile_for, describe, placed, topology_mesh
 from structmat.parallel.mesh import AXES, MeshError, make_mesh
 from structmat.parallel.report import LeafPlan, Traffic, bytes_per_device, collectives, differences, plan, replicated
 from structmat.parallel.rules import (
@@ -43,6 +43,7 @@ __all__ = [
     "bytes_per_device",
     "collectives",
     "compile_for",
+    "describe",
     "differences",
     "local_rows",
     "make_mesh",

@@ -104,7 +104,11 @@ def compile_for(
     with on_mesh(mesh, rules):
         start = time.perf_counter()
         compiled = jitted.lower(*args).compile()
-        seconds = time.perf_counter() - start
+        return describe(compiled, mesh, time.perf_counter() - start)
+
+
+def describe(compiled: jax.stages.Compiled, mesh: Mesh, seconds: float = 0.0) -> Program:
+    """The account of a program compiled for the devices of `mesh`, in `seconds`."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     return Program(
         device=mesh.devices.flat[0].device_kind,

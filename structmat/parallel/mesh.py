@@ -44,10 +44,10 @@ def mesh_shape(spec: Mapping[str, int] | None, count: int) -> tuple[int, int, in
     if -1 in sizes and count % known == 0:
         sizes[sizes.index(-1)] = count // known
     if math.prod(sizes) != count:
-        fault = f"{known} does not divide" if -1 in sizes else f"takes {known} devices of"
+        fault = f"{known} does not divide" if -1 in sizes else f"its product is {known}, not"
         near = sorted(factorisations(count), key=lambda f: _distance(f, sizes))[:4]
         raise MeshError(
-            f"mesh {shown}: {fault} the {count} there are, and every device must be used; "
+            f"mesh {shown}: {fault} the number of devices, {count}, and every one must be used; "
             f"nearest valid: {', '.join(map(_show, near))}"
         )
     return tuple(sizes)

@@ -1,0 +1,179 @@
+"""The same numbers, and the planned layout, on every mesh."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from structmat.nn import StructuredDense
+from structmat.parallel import (
+    AXES,
+    DEFAULT_RULES,
+    bytes_per_device,
+    differences,
+    make_mesh,
+    on_mesh,
+    plan,
+    shard_batch,
+    shardings,
+    unbox,
+)
+from structmat.structures import FAMILIES, flatten_leaves, parse
+from structmat.training.build import compile_step, optimizer_for
+from structmat.training.config import default, validate
+from structmat.training.state import create_state, plan_state
+from structmat.training.step import make_step
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+SIZE = 64
+TEXTS = {
+    "dense": "dense()",
+    "low_rank": "low_rank(rank=8)",
+    "spectral": "spectral(rank=8)",
+    "diagonal": "diagonal()",
+    "block_diagonal": "block_diagonal(blocks=8)",
+    "block_low_rank": "block_low_rank(in_blocks=8, out_blocks=8, rank=2)",
+    "monarch": "monarch(blocks=8)",
+    "block_tensor_train": "block_tensor_train(rank=2)",
+    "kronecker": "kronecker(terms=2)",
+    "tensor_train": "tensor_train(rank=4)",
+    "random_sparse": "random_sparse(density=0.25)",
+    "n_m_sparse": "n_m_sparse(n=2, m=4)",
+}
+SUM = "low_rank(rank=4) + scaled(transpose(block_low_rank(in_blocks=4, out_blocks=4, rank=2)), 0.5) + frozen(dense())"
+FEW = ((2, 2, 2), (1, 1, 8))
+MANY = ((8, 1, 1), (4, 2, 1), (1, 8, 1))
+
+
+class FFN(nn.Module):
+    """Column-parallel, then row-parallel."""
+
+    structure: str
+
+    @nn.compact
+    def __call__(self, x):
+        layer = lambda name, a, b: StructuredDense(
+            SIZE, self.structure, in_axes=a, out_axes=b, name=name, path="factored"
+        )
+        return layer("down", "mlp", "embed")(nn.gelu(layer("up", "embed", "mlp")(x)))
+
+
+def mesh_of(shape):
+    return make_mesh(dict(zip(AXES, shape)), jax.devices()[: math.prod(shape)])
+
+
+def run(model, start, batch, shape, steps=2):
+    """Losses and gradients of some SGD steps on the mesh; refuses a program that leaves the plan."""
+    mesh = mesh_of(shape)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), batch["x"])
+    places = shardings(mesh, boxed)
+
+    def step(variables, batch):
+        loss = lambda p: jnp.mean((model.apply({**variables, "params": p}, batch["x"]) - batch["y"]) ** 2)
+        value, grads = jax.value_and_grad(loss)(variables["params"])
+        new = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)
+        return {**variables, "params": new}, (value, grads)
+
+    state, sharded = jax.device_put(start, places), shard_batch(mesh, batch)
+    with on_mesh(mesh):
+        jitted = jax.jit(step, out_shardings=(places, (None, places["params"])), donate_argnums=0)
+        compiled = jitted.lower(state, sharded).compile(compiler_options=QUICK)
+    assert differences(boxed, places, compiled.output_shardings[0]) == []
+    losses = []
+    for _ in range(steps):
+        state, (value, grads) = compiled(state, sharded)
+        losses.append(float(value))
+    held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state))
+    assert held == bytes_per_device(plan(boxed, places))
+    return np.array(losses), jax.device_get(grads)
+
+
+def agree(structure, meshes):
+    model = FFN(structure)
+    keys = jax.random.split(jax.random.key(1), 2)
+    x, y = (np.asarray(jax.random.normal(k, (16, SIZE))) for k in keys)
+    batch = {"x": x, "y": y}
+    start = jax.device_get(unbox(jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0), x)))
+    losses, grads = run(model, start, batch, (1, 1, 1))
+    assert losses[-1] < losses[0]
+    for shape in meshes:
+        other, other_grads = run(model, start, batch, shape)
+        np.testing.assert_allclose(other, losses, rtol=1e-6, err_msg=f"losses on {shape}")
+        for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(other_grads)):
+            error = np.linalg.norm(got - want) / np.linalg.norm(want)
+            assert error < 1e-5, (shape, jax.tree_util.keystr(path), error)
+
+
+def test_every_family_has_a_case():
+    assert set(FAMILIES) <= set(TEXTS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_agrees_with_one_device(name):
+    agree(TEXTS[name], FEW)
+
+
+def test_sum_agrees_on_many_meshes():
+    agree(SUM, MANY)
+
+
+@pytest.mark.parametrize("name", [n for n in ("low_rank", "random_sparse", "n_m_sparse") if n in FAMILIES])
+def test_sharded_initialisation_draws_the_same(name):
+    model = StructuredDense(SIZE, TEXTS[name], in_axes="embed", out_axes="mlp")
+    init = lambda: unbox(model.init(jax.random.key(3), jnp.zeros((1, SIZE))))
+    places = shardings(mesh_of((2, 2, 2)), jax.eval_shape(model.init, jax.random.key(3), jnp.zeros((1, SIZE))))
+    want, got = jax.jit(init)(), jax.jit(init, out_shardings=places)()
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_axes_of_every_family_have_a_rule(name):
+    known = {None, *dict(DEFAULT_RULES)}
+    for _, leaf in flatten_leaves(parse(TEXTS[name]).bind(SIZE, SIZE).leaves("embed", "mlp")):
+        assert set(leaf.axes) <= known, leaf.axes
+
+
+@pytest.fixture
+def quick():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def train(shape):
+    """Metrics of three steps of the real training step on a small GPT."""
+    config = default("lm")
+    config.update(
+        steps=8, batch=8, structure="layers_0/attn/.* -> monarch(blocks=4, order='blocked'); .*mlp.* -> low_rank(4)"
+    )
+    config.model.update(layers=1, width=32, heads=4, context=16, vocab=32)
+    config.mup.base_width = 32
+    config.mesh.update(dict(zip(AXES, shape)))
+    task = validate(config, math.prod(shape))
+    tx, schedule = optimizer_for(config, task)
+    mesh = mesh_of(shape)
+    with on_mesh(mesh):
+        template = plan_state(task, tx, None, mesh)
+        state = create_state(task, tx, None, template, 0)
+        compiled = compile_step(task, make_step(task, tx, None, schedule, 0), template, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, template)
+    assert differences(template, places, compiled.output_shardings[0]) == []
+    tokens = np.asarray(jax.random.randint(jax.random.key(2), (8, 17), 0, 32), np.int32)
+    rows = []
+    for _ in range(3):
+        state, metrics = compiled(state, shard_batch(mesh, {"tokens": tokens}))
+        rows.append([float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")])
+    return np.array(rows), sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state))
+
+
+def test_training_step_agrees_with_one_device(quick):
+    want, whole = train((1, 1, 1))
+    got, part = train((2, 2, 2))
+    assert want[-1, 0] < want[0, 0]
+    np.testing.assert_allclose(got[:, 0], want[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(got[:, 1:], want[:, 1:], rtol=1e-5)
+    assert part < 0.4 * whole  # most is split four ways, over fsdp and tensor
