@@ -1,0 +1,127 @@
+"""What the contract suite runs on: one line per (text, in_shape, out_shape). Add a line for every new structure."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import structmat
+from structmat.structures import Bound
+from structmat.structures.algebra import BoundProduct, Wrapper
+
+CASES = [
+    ("dense()", 12, 20),
+    ("dense()", (3, 4), (2, 5)),
+    ("low_rank(rank=3)", 24, 36),
+    ("low_rank(rank=2, init='paper')", 16, 12),
+    ("low_rank(rank=2, train=('b',))", 16, 12),
+    ("spectral(rank=4)", 24, 36),
+    ("spectral()", 12, 10),
+    ("spectral(rank=3, train=('s',))", 16, 16),
+    ("diagonal()", 16, 16),
+    ("block_diagonal(blocks=4)", 24, 36),
+    ("block_low_rank(in_blocks=4, out_blocks=6, rank=2)", 24, 36),
+    ("block_low_rank(in_blocks=3, out_blocks=1, rank=3)", 18, 8),
+    ("monarch(blocks=4)", 16, 32),
+    ("monarch(blocks=2, order='blocked')", 24, 16),
+    ("kronecker()", 24, 36),
+    ("kronecker(terms=3)", (5, 7), (3, 12)),
+    ("kronecker(in_factors=(2, 12), out_factors=(9, 4))", 24, 36),
+    ("kronecker(terms=2, in_factors=(2, 12), out_factors=(9, 4))", 24, 36),
+    ("kronecker(terms=2, in_factors=(7, 1), out_factors=(3, 4))", 7, 12),
+    ("tensor_train(rank=3)", 24, 36),
+    ("tensor_train(rank=3, cores=3)", 24, 36),
+    ("tensor_train(rank=5, cores=4)", 16, 24),
+    ("frozen(monarch(blocks=2))", 16, 16),
+    ("scaled(low_rank(rank=2), s=-0.5)", 12, 20),
+    ("transpose(block_low_rank(in_blocks=3, out_blocks=2, rank=2))", 16, 24),
+    ("transpose(kronecker(terms=2))", 24, 36),
+    ("frozen(dense()) + low_rank(rank=2)", 16, 24),
+    ("low_rank(rank=2) + monarch(blocks=2) + tensor_train(rank=1)", 16, 24),
+    ("diagonal() @ low_rank(rank=2) @ diagonal()", 16, 24),
+    ("product(block_diagonal(blocks=3), spectral(rank=2), inner=9)", 12, 20),
+    ("fit(low_rank() + kronecker(), params=0.5)", 16, 24),
+]
+
+FULL_GRAM = {"dense", "low_rank", "spectral"}
+"""Families whose projection takes any gram in closed form."""
+DIAGONAL_GRAM = {"diagonal", "block_diagonal", "block_low_rank", "monarch", "block_tensor_train"}
+"""Families whose projection takes a diagonal gram in closed form."""
+UNTRACED_FLOPS: set[str] = set()
+"""Names whose product is more than GEMMs and multiplications; their own tests count it."""
+STRAIGHT_THROUGH: set[str] = set()
+"""Names whose gradient is not the derivative of their value."""
+
+
+def label(case: tuple[str, Any, Any]) -> str:
+    """Test id of a case."""
+    return f"{case[0]}-{case[1]}-{case[2]}".replace(" ", "")
+
+
+def names(structure: structmat.Structure) -> set[str]:
+    """Names of a structure and of all its parts."""
+    parts = structure.parts() if hasattr(structure, "parts") else ()
+    return {structure.name}.union(*(names(p) for p in parts))
+
+
+@functools.cache
+def bind(case: tuple[str, Any, Any]) -> Bound:
+    """The Bound of a case."""
+    text, in_shape, out_shape = case
+    return structmat.parse(text).bind(in_shape, out_shape)
+
+
+@functools.cache
+def draw(case: tuple[str, Any, Any], seed: int = 0) -> dict[str, Any]:
+    """Parameters of a case with independent normal entries (std 1/2), also where its init is zero or one."""
+    bound, rng = bind(case), np.random.default_rng(seed)
+    shapes = jax.eval_shape(bound.init, jax.random.key(seed))
+    if not all(is_float(s) for s in jax.tree.leaves(shapes)):
+        shapes = bound.init(jax.random.key(seed))
+    normal = lambda s: np.asarray(rng.normal(size=s.shape) / 2, s.dtype)
+    return jax.tree.map(lambda s: jnp.asarray(normal(s)) if is_float(s) else s, shapes)
+
+
+@functools.cache
+def dense(case: tuple[str, Any, Any], seed: int = 0) -> np.ndarray:
+    """The matrix of `draw`, computed by `materialize`."""
+    return np.asarray(jax.jit(bind(case).materialize)(draw(case, seed)))
+
+
+def is_float(value: jax.Array) -> bool:
+    """Whether a leaf is differentiable."""
+    return jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def split(params: dict[str, Any]) -> tuple[list[jax.Array], Any]:
+    """The differentiable leaves, and a function that puts them back."""
+    leaves, tree = jax.tree.flatten(params)
+    at = [i for i, p in enumerate(leaves) if is_float(p)]
+
+    def join(values: list[jax.Array]) -> dict[str, Any]:
+        full = list(leaves)
+        for i, v in zip(at, values):
+            full[i] = v
+        return jax.tree.unflatten(tree, full)
+
+    return [leaves[i] for i in at], join
+
+
+def projects(bound: Bound) -> bool:
+    """Whether the family has a projection: all but the product of two structures."""
+    return not isinstance(bound, BoundProduct) and not (isinstance(bound, Wrapper) and not projects(bound.inner))
+
+
+def rows(case: tuple[str, Any, Any], *leading: int, seed: int = 7) -> jax.Array:
+    """Random inputs (*leading, d_in)."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(*leading, bind(case).d_in)), jnp.float32)
+
+
+def outside(case: tuple[str, Any, Any], seed: int = 3) -> np.ndarray:
+    """A dense matrix of the case's shape outside every structured class."""
+    bound = bind(case)
+    return np.random.default_rng(seed).normal(size=(bound.d_in, bound.d_out)).astype(np.float32)
