@@ -58,7 +58,7 @@ def initial_state(task: Task, tx: optax.GradientTransformation, rule: Rule | Non
         rule_state={},
         skips=jnp.zeros((2,), jnp.int32),
     )
-    return state if rule is None else state.replace(rule_state=rule.init(task.table(), state))
+    return state if rule is None else state.replace(rule_state=rule.init(task.table, state))
 
 
 def plan_state(task: Task, tx: optax.GradientTransformation, rule: Rule | None, mesh: Mesh) -> TrainState:

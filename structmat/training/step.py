@@ -31,7 +31,7 @@ def make_step(
       (state, batch) -> (state, metrics). Metrics are scalars, but for `bad`: bool (leaves of params,), which gradients
       or updates were not finite.
     """
-    table = task.table()
+    table = task.table
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)

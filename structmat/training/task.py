@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -67,8 +68,9 @@ class Task:
     other_flops: int
     load: Callable[[], Source]
 
+    @functools.cached_property
     def table(self) -> dict[str, Site]:
-        """The sites of the model."""
+        """The sites of the model; do not change it."""
         return sites(self.model, *self.example)
 
     def with_model(self, model: nn.Module) -> Task:
@@ -78,7 +80,7 @@ class Task:
     def flops(self) -> int:
         """FLOPs of one forward pass per unit: every product by its structure's algorithm, and attention."""
         total = self.other_flops
-        for site in self.table().values():
+        for site in self.table.values():
             tied = site.kind == "embed" and getattr(self.model, "tie", False)
             total += site.bound.cost(1).flops if site.kind != "embed" or tied else 0
         return total
@@ -105,7 +107,7 @@ def with_table(task: Task, stored: Mapping[str, Mapping[str, Any]]) -> Task:
     """
     structures = tuple((path, parse(row["structure"])) for path, row in stored.items())
     task = task.with_model(task.model.clone(structures=structures))
-    found = json.loads(json.dumps(dump_table(task.table())))
+    found = json.loads(json.dumps(dump_table(task.table)))
     for path in [*stored, *(p for p in found if p not in stored)]:
         if dict(stored.get(path, {})) != found.get(path):
             raise StructureError(

@@ -1,0 +1,33 @@
+"""Train one config; run again it resumes.
+
+    python -m experiments.train --config=configs/demo_lm.py[:argument] --workdir=DIR [--config.field=value] [--dry_run]
+
+`--dry_run` prints parameters, sharding, FLOPs and memory of the compiled step, and touches no data and no workdir.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+from rich.console import Console
+
+from experiments import cli
+from structmat.training.loop import dry_run, train
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, record. One run each.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be trained, and stop.")
+
+
+def main() -> None:
+    """Train or describe the config of the flags."""
+    if cli.CONFIG.value is None:
+        cli.fail("--config is needed, such as --config=configs/demo_lm.py")
+    if DRY_RUN.value:
+        dry_run(cli.CONFIG.value, Console())
+        return
+    if not WORKDIR.value:
+        cli.fail("--workdir is needed, such as --workdir=runs/first; or --dry_run")
+    train(cli.CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

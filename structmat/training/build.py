@@ -1,0 +1,52 @@
+"""From a checked config to the pieces of a run: optimiser, compiled step, evaluation. Used by train and dry run alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from structmat.nn import sites
+from structmat.optim import decay_mask, make_optimizer, make_schedule, multipliers
+from structmat.parallel import batch_sharding, shard_batch, unbox
+from structmat.training.state import TrainState, abstract_variables, variables_of
+from structmat.training.step import Step
+from structmat.training.task import Batch, Source, Task, Variables, mean_metrics
+
+EvalStep = Callable[[Variables, Batch], dict[str, jax.Array]]
+
+
+def optimizer_for(config: ConfigDict, task: Task) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optax chain and its learning rate by update, with the multipliers of muP unless switched off."""
+    params = unbox(abstract_variables(task))["params"]
+    table = task.table
+    scale = multipliers(table, sites(task.base, *task.example), params) if config.mup.enabled else None
+    spec = config.optim.to_dict()
+    tx = make_optimizer(spec, scale, decay_mask(table, params), config.steps)
+    return tx, make_schedule(spec, config.steps)
+
+
+def compile_step(task: Task, step: Step, template: TrainState, mesh: Mesh) -> jax.stages.Compiled:
+    """The step compiled for the state's layout, state donated; to be called with the mesh set."""
+    sharded = batch_sharding(mesh)
+    batch = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharded) for n, s in task.batch.items()}
+    places = jax.tree.map(lambda leaf: leaf.sharding, template)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, PartitionSpec())))
+    return jitted.lower(template, batch).compile()
+
+
+def make_eval_step(task: Task, mesh: Mesh) -> EvalStep:
+    """(variables, batch) -> the loss's metrics without dropout, replicated."""
+    run = lambda variables, batch: task.loss(task.model, variables, batch, None, False)[1]
+    return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def evaluate(eval_step: EvalStep, state: TrainState, source: Source, mesh: Mesh) -> dict[str, float]:
+    """Means over the held-out batches."""
+    variables = variables_of(state)
+    parts: list[Any] = [eval_step(variables, shard_batch(mesh, batch)) for batch in source.heldout()]
+    return mean_metrics(jax.device_get(parts))

@@ -1,0 +1,263 @@
+"""The training loop, one function to be read from top to bottom, and the dry run that stops before it begins."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from structmat.parallel import local_rows, make_mesh, on_mesh, shard_batch
+from structmat.training import overview, workdir
+from structmat.training.build import compile_step, evaluate, make_eval_step, optimizer_for
+from structmat.training.checkpoint import Checkpointer
+from structmat.training.config import identity, profile_steps, validate
+from structmat.training.environment import peak_flops, versions
+from structmat.training.errors import RunError
+from structmat.training.metrics import MetricWriter
+from structmat.training.progress import ProgressLine, Runs
+from structmat.training.record import Record
+from structmat.training.rule import Rule
+from structmat.training.state import create_state, plan_state
+from structmat.training.step import leaf_paths, make_step
+from structmat.training.task import dump_table, with_table
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(RunError):
+    """SIGTERM came; the state is saved and the same command goes on from there."""
+
+
+def train(
+    config: ConfigDict,
+    folder: str | Path,
+    *,
+    rule: Rule | None = None,
+    name: str | None = None,
+    runs: Runs | None = None,
+    on_step: Callable[[int, dict[str, Any]], None] | None = None,
+) -> Record:
+    """Train a config in a folder, from the newest checkpoint there that verifies, else from the start.
+
+    On the same mesh and process layout a resumed run ends with the bits of an uninterrupted one.
+
+    Args:
+      folder: of this run alone; gets config.json, checkpoints, metrics.jsonl, tensorboard and, at the end, record.json.
+      rule: acts on the state after the optimiser.
+      name: of the record and the progress line; default the folder's.
+      runs: the outer loop of a comparison, for its ETA.
+      on_step: called with (step, metrics) once the metrics of a step are known.
+
+    Raises:
+      ConfigError, DataError, RunError, CheckpointError: what is wrong, before anything is compiled or overwritten.
+      RunError: `max_skips` steps in a row were not finite; names step, quantity, parameter and the checkpoint to use.
+      Interrupted: SIGTERM; the state was saved.
+    """
+    # ---- Config: nothing is read, written or compiled before it is valid ------------------------------------------
+    began = time.perf_counter()
+    task = validate(config)
+    run = identity(config, rule)
+    finished = workdir.claim(folder, run)
+    if finished:
+        log.warning("%s: this run has finished; its record is returned (remove the folder to run again)", folder)
+        return Record.read(Path(folder) / workdir.RECORD)
+    name = name or Path(folder).name
+    source = task.load()
+    mesh = make_mesh(config.mesh.to_dict())
+    workdir.occupy(folder, run)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(on_mesh(mesh))
+        checkpoints = stack.enter_context(
+            Checkpointer(str(folder), keep=config.checkpoint.keep, every=config.checkpoint.every)
+        )
+
+        # ---- Model: from the checkpoint's site table if there is one, for rules describe step 0 only ---------------
+        found = checkpoints.latest()
+        if found is not None:
+            if found.extra["data_hash"] != source.sha256:
+                raise RunError(
+                    f"the data changed since {folder} was begun: hash {found.extra['data_hash'][:12]} there, "
+                    f"{source.sha256[:12]} now ({source.description}); restore it, or give another folder"
+                )
+            task = with_table(task, found.extra["sites"])
+        table = task.table
+
+        # ---- Optimiser and state: every leaf on the mesh -----------------------------------------------------------
+        tx, schedule = optimizer_for(config, task)
+        template = plan_state(task, tx, rule, mesh)
+        restored = checkpoints.restore(template) if found is not None else None
+        for step, reason in restored.skipped if restored else ():
+            log.warning("%s: checkpoint of step %d skipped: %s", folder, step, reason)
+        state = restored.state if restored else create_state(task, tx, rule, template, config.seed)
+        start = restored.step if restored else 0
+        extra = {
+            "config": json.loads(config.to_json()),
+            "sites": dump_table(table),
+            "data_hash": source.sha256,
+            "versions": versions(),
+            "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
+        }
+
+        # ---- Compile -----------------------------------------------------------------------------------------------
+        peak = peak_flops()
+        progress = stack.enter_context(
+            ProgressLine(
+                name,
+                config.steps,
+                start=start,
+                per_step=task.units,
+                unit=f"{task.unit}s",
+                step_flops=3 * task.flops() * task.units,
+                peak_flops=peak * mesh.devices.size if peak else None,
+                runs=runs,
+            )
+        )
+        step_fn = compile_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
+        eval_step = make_eval_step(task, mesh)
+
+        # ---- Loop: step n is dispatched before the metrics of step n-1 are read ------------------------------------
+        rows = local_rows(mesh, config.batch)
+        writer = stack.enter_context(MetricWriter(folder, start if restored else None))
+        stop_asked = stack.enter_context(_listening_for_sigterm())
+        first_profiled, last_profiled = profile_steps(config) if config.profile else (-1, -1)
+        paths, seconds, last, done_at = leaf_paths(template.params), [], {}, None
+        held_out: dict[str, float] = {}
+
+        def process(step: int, pending: Any) -> None:
+            """Log the metrics of a step, and stop a run that has gone astray."""
+            nonlocal last, done_at
+            row = jax.device_get(pending)
+            now = time.perf_counter()
+            if done_at is not None:
+                seconds.append(now - done_at)
+            done_at = now
+            bad = row.pop("bad")
+            last = {key: float(value) for key, value in row.items()}
+            if step % config.log_every == 0 or step == config.steps or last["skipped"]:
+                writer.write(step, last)
+            progress.tick(step, {"loss": last["loss"]})
+            if on_step is not None:
+                on_step(step, last)
+            if last["skipped"]:
+                what = "loss" if not abs(last["loss"]) < float("inf") else "gradient or update"
+                where = next((path for path, wrong in zip(paths, bad) if wrong), "no parameter")
+                log.warning("step %d skipped: non-finite %s, first at %s", step, what, where)
+                if last["skipped"] >= config.max_skips:
+                    checkpoints.wait()
+                    saved = checkpoints.steps()
+                    raise RunError(
+                        f"stopped at step {step}: {int(last['skipped'])} steps in a row (max_skips) had a non-finite "
+                        f"{what}, first at {where}; last checkpoint: "
+                        f"{checkpoints.folder / str(saved[-1]) if saved else 'none yet'}. A lower optim.lr may help."
+                    )
+
+        pending = None
+        for step in range(start + 1, config.steps + 1):
+            if step - 1 == first_profiled:
+                jax.profiler.start_trace(str(Path(folder) / "profile"))
+            batch = shard_batch(mesh, source.batch(step - 1, rows), config.batch)
+            state, metrics = step_fn(state, batch)
+            if pending is not None:
+                process(*pending)
+            pending = (step, metrics)
+            if step == last_profiled:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+
+            # ---- Evaluation and checkpoints; the metrics of a step are on file before the step is saved ------------
+            final, leaving = step == config.steps, stop_asked(step)
+            evaluates = final or (config.eval.every and step % config.eval.every == 0)
+            saves = final or leaving or checkpoints.due(step)
+            if evaluates or saves:
+                process(*pending)
+                pending = None
+                with progress.beside():
+                    if evaluates:
+                        held_out = evaluate(eval_step, state, source, mesh)
+                        writer.write(step, {f"heldout_{key}": value for key, value in held_out.items()})
+                        log.info("step %d held-out: %s", step, held_out)
+                    if saves:
+                        checkpoints.save(step, state, extra)
+                done_at = None
+            if leaving and not final:
+                checkpoints.wait()
+                raise Interrupted(f"{folder}: stopped by SIGTERM after step {step}, which is saved; run again to go on")
+
+        # ---- Record ------------------------------------------------------------------------------------------------
+        checkpoints.wait()
+        if not held_out:
+            held_out = evaluate(eval_step, state, source, mesh)
+        record = Record.create(
+            name=name,
+            kind="train",
+            config=json.loads(config.to_json()),
+            structures={path: site.bound.structure for path, site in table.items()},
+            seed=config.seed,
+            data_hash=source.sha256,
+            seconds=time.perf_counter() - began,
+            metrics={
+                "metric": task.metric,
+                "heldout": held_out,
+                "train": last,
+                "reference": dict(source.reference),
+                "steps": config.steps,
+                "unit": task.unit,
+                "units_per_step": task.units,
+                "step_seconds": statistics.median(seconds) if seconds else None,
+                "params": sum(leaf.size for part in (state.params, state.frozen) for leaf in jax.tree.leaves(part)),
+                "site_params": sum(site.bound.params for site in table.values()),
+                "dense_site_params": sum(site.bound.d_in * site.bound.d_out for site in table.values()),
+                "flops_per_unit": task.flops(),
+                "skipped": int(state.skips[1]),
+                "data": source.description,
+            },
+        )
+        if jax.process_index() == 0:
+            record.write(Path(folder) / workdir.RECORD)
+    return record
+
+
+def dry_run(config: ConfigDict, console: Console, rule: Rule | None = None) -> None:
+    """Print what `train` would train: sites, sharding, optimiser bytes, FLOPs, memory of the compiled step.
+
+    Raises:
+      ConfigError: the config is not valid.
+    """
+    task = validate(config)
+    mesh = make_mesh(config.mesh.to_dict())
+    with on_mesh(mesh):
+        tx, schedule = optimizer_for(config, task)
+        template = plan_state(task, tx, rule, mesh)
+        overview.show_sites(task, template, console)
+        compiled = compile_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
+    overview.show_cost(task, template, compiled, mesh, console)
+
+
+@contextlib.contextmanager
+def _listening_for_sigterm() -> Iterator[Callable[[int], bool]]:
+    """Yields (step) -> whether to save and leave, agreed among all processes."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked: list[int] = []
+    try:
+        old = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    except ValueError:  # only the main thread may listen
+        yield lambda step: False
+        return
+    try:
+        yield lambda step: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, old)

@@ -1,0 +1,71 @@
+"""Who owns a workdir: one run per folder, recognised by its config, never overwritten by another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from structmat.training.config import FREE, differences
+from structmat.training.errors import RunError
+
+RUN = "config.json"
+RECORD = "record.json"
+_SHOWN = 8
+
+
+def claim(workdir: str | Path, run: Mapping[str, Any]) -> bool:
+    """Check that the folder is new, empty or this run's; writes nothing.
+
+    Args:
+      run: `identity` of the config.
+
+    Returns:
+      Whether the run already finished there.
+
+    Raises:
+      RunError: it holds another run (names the first fields that differ) or something else.
+    """
+    folder = Path(workdir)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"workdir {str(folder)!r} is a file; give a new folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    path = folder / RUN
+    if not path.exists():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5])
+        raise RunError(f"workdir {str(folder)!r} holds {found}, but no {RUN} of a run; give a new or empty folder")
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{str(path)!r} is not readable ({error}); restore it, or give another folder") from None
+    found = list(differences(stored, run))
+    if found:
+        rows = [f"  {key}: there {old!r}, now {new!r}" for key, old, new in found[:_SHOWN]]
+        rows += [f"  ... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        raise RunError(
+            "\n".join(
+                [f"workdir {str(folder)!r} holds a run with another config:"]
+                + rows
+                + [f"give another --workdir, or these values (a resumed run may change only {', '.join(FREE)})"]
+            )
+        )
+    return (folder / RECORD).exists()
+
+
+def occupy(workdir: str | Path, run: Mapping[str, Any]) -> None:
+    """Make the folder and note whose it is.
+
+    Raises:
+      RunError: it cannot be written.
+    """
+    folder = Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / RUN).exists():
+            part = folder / f"{RUN}.part"
+            part.write_text(json.dumps(run, indent=1) + "\n")
+            part.rename(folder / RUN)
+    except OSError as error:
+        raise RunError(f"workdir {str(folder)!r} cannot be written: {error.strerror}; give another folder") from None
