@@ -24,12 +24,12 @@ import jax.numpy as jnp  # noqa: E402
 from absl import app, flags  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from structmat.training.record import Record  # noqa: E402
 
 from structmat.analysis.timing import interleaved, median_ratio, op_counts  # noqa: E402
 from structmat.nn.leaves import split  # noqa: E402
 from structmat.nn.sites import merge  # noqa: E402
 from structmat.structures import StructureError, parse  # noqa: E402
+from structmat.training.record import Record  # noqa: E402
 
 SUITES = {
     "cpu": {"sizes": [256, 512, 1024, 2048, 4096], "batches": [64, 512], "dtype": "float32"},
@@ -200,8 +200,7 @@ def main(argv: list[str]) -> None:
             structures={r["case"]: r["structure"] for r in done},
             seed=0,
             data_hash="",
-            command=f"python -m experiments.bench --suite={_SUITE.value}",
-            wall_seconds=time.monotonic() - start,
+            seconds=time.monotonic() - start,
             metrics={"rows": done, "break_even": break_even(done)},
         )
         record.write(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from structmat.parallel import MeshError
 from structmat.structures import StructureError
 from structmat.structures.errors import suggest
 from structmat.training.checkpoint import CheckpointError
-from structmat.training.errors import ConfigError, RunError
+from structmat.training.errors import ConfigError, Interrupted, RunError
 
 USER_ERRORS = (ConfigError, RunError, DataError, StructureError, MeshError, CheckpointError)
 
@@ -68,9 +69,19 @@ def fail(error: Any) -> NoReturn:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Parse the flags and call `main`; what the user got wrong is printed, all else is a traceback."""
+    """Parse the flags and call `main`; what the user got wrong is printed, all else is a traceback.
+
+    A run stopped by SIGTERM has saved its state, so it ends with code 0.
+    """
     parse()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("structmat").addHandler(handler)
+    logging.getLogger("structmat").setLevel(logging.INFO)
+    logging.getLogger("structmat").propagate = False
     try:
         main()
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
     except USER_ERRORS as error:
         fail(error)

@@ -7,11 +7,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from absl import flags
 from rich.console import Console
 
 from experiments import cli
 from structmat.training.loop import dry_run, train
+from structmat.training.workdir import RECORD
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, record. One run each.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be trained, and stop.")
@@ -26,7 +29,11 @@ def main() -> None:
         return
     if not WORKDIR.value:
         cli.fail("--workdir is needed, such as --workdir=runs/first; or --dry_run")
-    train(cli.CONFIG.value, WORKDIR.value)
+    record = train(cli.CONFIG.value, WORKDIR.value)
+    metric = record.metrics["metric"]
+    reference = ", ".join(f"{name} {value:.4f}" for name, value in record.metrics["reference"].items())
+    print(f"{metric} {record.metrics['heldout'][metric]:.4f} held-out ({reference or 'no reference'})")
+    print(f"record: {Path(WORKDIR.value) / RECORD}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,260 @@
+"""Train several structures on the same task, steps and data, and show them side by side.
+
+    python -m experiments.compare --config=configs/demo.py --workdir=runs/demo
+    python -m experiments.compare --config=configs/digits.py --workdir=runs/mine \\
+        --structure="fit(monarch(), params=0.3)" --structure="low_rank(rank=8)"
+
+Besides the structures named there are two arms of dense weights: `dense`, and `dense small`, the widest dense model with
+no more parameters than the largest structured arm. Every arm is checked before the first one starts; run again, finished
+arms are read from their records and an interrupted one resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import cli
+from structmat.analysis.plots import tradeoff
+from structmat.nn import choose_path
+from structmat.structures import parse
+from structmat.training import workdir
+from structmat.training.config import identity, validate
+from structmat.training.errors import ConfigError, RunError
+from structmat.training.loop import train
+from structmat.training.progress import Runs
+from structmat.training.record import Record, same_data
+from structmat.training.state import abstract_variables
+from structmat.training.task import Task
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison: arms/, compare.json, table.md, plot.png.")
+STRUCTURES = flags.DEFINE_multi_string(
+    "structure", [], "A structure or rules to compare; repeat. Default: the config's."
+)
+SMALL = "dense small"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One run of a comparison: a label, its config, and the task with structures resolved."""
+
+    label: str
+    config: ConfigDict
+    task: Task
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder: the label in letters, digits and underscores."""
+        return re.sub(r"[^a-zA-Z0-9.]+", "_", self.label).strip("_")
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole model."""
+        return _params(self.task)
+
+
+def _params(task: Task) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_variables(task)) if leaf.dtype != "int32")
+
+
+def make_arms(config: ConfigDict, structures: list[str]) -> list[Arm]:
+    """Check every arm: dense first, dense small second, then the structures as given.
+
+    Raises:
+      ConfigError: no structure is given, or one arm is not valid.
+    """
+    config = config.copy_and_resolve_references()
+    spec = config.get("compare", ConfigDict())
+    if "compare" in config:
+        with config.unlocked():
+            del config.compare
+    structures = list(structures or spec.get("structures", ()))
+    if not structures:
+        raise ConfigError("compare.structures", (), "nothing to compare", "--structure='fit(monarch(), params=0.3)' is")
+    arms = [_arm("dense", config, structure="dense()")]
+    for text in dict.fromkeys(structures):
+        if text != "dense()":
+            arms.append(_arm(text if "->" in text else parse(text).short(), config, structure=text))
+    small = _small(config, max(arm.params for arm in arms[1:]), arms[0].params) if len(arms) > 1 else None
+    return arms[:1] + ([small] if small else []) + arms[1:]
+
+
+def _arm(label: str, config: ConfigDict, structure: str, **model: Any) -> Arm:
+    own = ConfigDict(config.to_dict())
+    own.structure = structure
+    own.model.update(model)
+    return Arm(label, own, validate(own))
+
+
+def _small(config: ConfigDict, params: int, dense: int) -> Arm | None:
+    """The widest dense model with at most `params` parameters; None if the structures save nothing."""
+    if params >= dense:
+        return None
+    unit = config.model.get("heads", 1)
+    low, high = 1, config.model.width // unit
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = _arm(SMALL, config, "dense()", width=middle * unit).params <= params
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return _arm(SMALL, config, "dense()", width=low * unit)
+
+
+def row_of(arm: Arm, record: Record, dense: Record) -> dict[str, Any]:
+    """One row of the table, all figures from the records and the resolved structures."""
+    sites = [s for s in arm.task.table.values() if s.bound.structure.name != "dense"]
+    dense_size, size = (
+        sum(f(s) for s in sites) for f in (lambda s: s.bound.d_in * s.bound.d_out, lambda s: s.bound.params)
+    )
+    metrics, base = record.metrics, dense.metrics
+    texts = list(dict.fromkeys(s.bound.structure.short() for s in sites))
+    return {
+        "label": arm.label,
+        "structures": texts or ["dense()"],
+        "params": arm.params,
+        "site_share": size / dense_size if sites else None,
+        "model_share": arm.params / base["params"] if arm.label != "dense" else 1.0,
+        "flops_per_unit": metrics["flops_per_unit"],
+        "path": _path(arm),
+        "step_ms": 1e3 * metrics["step_seconds"] if metrics["step_seconds"] else None,
+        "relative_step_time": _ratio(metrics["step_seconds"], base["step_seconds"]),
+        "metric": metrics["heldout"][metrics["metric"]],
+        "heldout": metrics["heldout"],
+        "seconds": record.seconds,
+    }
+
+
+def _path(arm: Arm) -> str:
+    """How the structured products of a step are computed: factored, dense (materialised first) or mixed."""
+    sites = [s for s in arm.task.table.values() if s.kind == "linear"]
+    paths = {choose_path(s.bound, arm.task.units)[0] for s in sites if s.bound.structure.name != "dense"}
+    return "mixed" if len(paths) > 1 else next(iter(paths), "dense")
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def table_of(rows: list[dict[str, Any]], dense: Record, markdown: bool) -> Table:
+    """The comparison as a rich table."""
+    unit, metric = dense.metrics["unit"], dense.metrics["metric"].replace("_", " ")
+    names = [
+        "structure",
+        "parameters",
+        "sites kept",
+        "model kept",
+        f"FLOPs/{unit}",
+        "path",
+        "step time",
+        f"held-out {metric}",
+    ]
+    table = Table(box=box.MARKDOWN if markdown else box.ROUNDED, header_style="bold")
+    for i, name in enumerate(names):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    show = lambda value, spec: format(value, spec) if value is not None else "-"
+    for r in rows:
+        table.add_row(
+            r["label"],
+            f"{r['params']:,}",
+            show(r["site_share"], ".1%"),
+            show(r["model_share"], ".1%"),
+            f"{r['flops_per_unit']:,}",
+            r["path"],
+            show(r["relative_step_time"], ".2f") + "x",
+            f"{r['metric']:.4f}",
+        )
+    for name, value in dense.metrics["reference"].items():
+        table.add_row(name.replace("_", " "), *["-"] * (len(names) - 2), f"{value:.4f}")
+    return table
+
+
+def compare(config: ConfigDict, folder: Path, structures: list[str]) -> Record:
+    """Run what is missing and write compare.json, table.md and plot.png into `folder`.
+
+    Raises:
+      ConfigError, RunError, DataError: what is wrong, before the first arm starts wherever it can be known.
+    """
+    began = time.perf_counter()
+    arms = make_arms(config, structures)
+    for arm in arms:
+        workdir.claim(folder / "arms" / arm.folder, identity(arm.config))
+    runs, records = Runs(len(arms)), []
+    for arm in arms:
+        place = folder / "arms" / arm.folder
+        started, done = time.perf_counter(), (place / workdir.RECORD).exists()
+        runs.skip() if done else runs.begin()
+        records.append(
+            Record.read(place / workdir.RECORD) if done else train(arm.config, place, name=arm.label, runs=runs)
+        )
+        if not done:
+            runs.finish(time.perf_counter() - started)
+    data = same_data(records)
+    rows = [row_of(arm, record, records[0]) for arm, record in zip(arms, records)]
+    record = Record.create(
+        name=folder.name,
+        kind="compare",
+        config=json.loads(arms[0].config.to_json()),
+        structures={arm.label: arm.config.structure for arm in arms},
+        seed=config.seed,
+        data_hash=data,
+        seconds=time.perf_counter() - began,
+        metrics={"rows": rows, "reference": records[0].metrics["reference"], "data": records[0].metrics["data"]},
+    )
+    record.write(folder / "compare.json")
+    write_report(folder, rows, records[0], record)
+    return record
+
+
+def write_report(folder: Path, rows: list[dict[str, Any]], dense: Record, record: Record) -> None:
+    """table.md with the conditions of the measurement, and plot.png."""
+    metric, unit = dense.metrics["metric"].replace("_", " "), dense.metrics["unit"]
+    with (folder / "table.md").open("w") as file:
+        console = Console(file=file, width=200)
+        console.print(table_of(rows, dense, markdown=True))
+        console.print(
+            f"\n{dense.metrics['steps']} steps of {dense.metrics['units_per_step']} {unit}s each, seed {record.seed}, one run "
+            f"per arm; {dense.metrics['data']}. Step time is relative to dense on this machine "
+            f"({record.device['cpu']}, {record.device['cores']} cores, jax {record.versions['jax']}, {record.date}). "
+            f"Command: `{record.command}`",
+            soft_wrap=True,
+            markup=False,
+        )
+    references = list(dense.metrics["reference"].items())
+    tradeoff(
+        rows,
+        [("flops_per_unit", f"FLOPs per {unit}, forward"), ("params", "parameters")],
+        ("metric", f"held-out {metric}"),
+        folder / "plot.png",
+        (references[0][0].replace("_", " "), references[0][1]) if references else None,
+    )
+
+
+def main() -> None:
+    """Run the comparison of the flags and print its table."""
+    if cli.CONFIG.value is None:
+        cli.fail("--config is needed, such as --config=configs/demo.py")
+    if not WORKDIR.value:
+        cli.fail("--workdir is needed, such as --workdir=runs/demo")
+    folder = Path(WORKDIR.value)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"workdir {str(folder)!r} is a file; give a new folder")
+    record = compare(cli.CONFIG.value, folder, STRUCTURES.value)
+    dense = Record.read(folder / "arms" / "dense" / workdir.RECORD)
+    Console(width=None if sys.stdout.isatty() else 120).print(table_of(record.metrics["rows"], dense, markdown=False))
+    print(f"written: {folder / 'compare.json'}, {folder / 'table.md'}, {folder / 'plot.png'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
