@@ -13,3 +13,7 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run cannot start, go on or finish in its workdir; the text says what to do."""
+
+
+class Interrupted(RunError):
+    """SIGTERM came; the state is saved and the same command goes on from there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import signal
 import statistics
 import time
@@ -23,7 +24,7 @@ from structmat.training.build import compile_step, evaluate, make_eval_step, opt
 from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import identity, profile_steps, validate
 from structmat.training.environment import peak_flops, versions
-from structmat.training.errors import RunError
+from structmat.training.errors import Interrupted, RunError
 from structmat.training.metrics import MetricWriter
 from structmat.training.progress import ProgressLine, Runs
 from structmat.training.record import Record
@@ -33,10 +34,6 @@ from structmat.training.step import leaf_paths, make_step
 from structmat.training.task import dump_table, with_table
 
 log = logging.getLogger(__name__)
-
-
-class Interrupted(RunError):
-    """SIGTERM came; the state is saved and the same command goes on from there."""
 
 
 def train(
@@ -102,6 +99,9 @@ def train(
             log.warning("%s: checkpoint of step %d skipped: %s", folder, step, reason)
         state = restored.state if restored else create_state(task, tx, rule, template, config.seed)
         start = restored.step if restored else 0
+        began -= restored.extra["seconds"] if restored else 0
+        if restored:
+            log.info("%s: resumed from step %d", folder, start)
         extra = {
             "config": json.loads(config.to_json()),
             "sites": dump_table(table),
@@ -131,6 +131,7 @@ def train(
         rows = local_rows(mesh, config.batch)
         writer = stack.enter_context(MetricWriter(folder, start if restored else None))
         stop_asked = stack.enter_context(_listening_for_sigterm())
+        trace = stack.enter_context(contextlib.ExitStack())
         first_profiled, last_profiled = profile_steps(config) if config.profile else (-1, -1)
         paths, seconds, last, done_at = leaf_paths(template.params), [], {}, None
         held_out: dict[str, float] = {}
@@ -151,7 +152,7 @@ def train(
             if on_step is not None:
                 on_step(step, last)
             if last["skipped"]:
-                what = "loss" if not abs(last["loss"]) < float("inf") else "gradient or update"
+                what = "loss" if not math.isfinite(last["loss"]) else "gradient or update"
                 where = next((path for path, wrong in zip(paths, bad) if wrong), "no parameter")
                 log.warning("step %d skipped: non-finite %s, first at %s", step, what, where)
                 if last["skipped"] >= config.max_skips:
@@ -160,13 +161,13 @@ def train(
                     raise RunError(
                         f"stopped at step {step}: {int(last['skipped'])} steps in a row (max_skips) had a non-finite "
                         f"{what}, first at {where}; last checkpoint: "
-                        f"{checkpoints.folder / str(saved[-1]) if saved else 'none yet'}. A lower optim.lr may help."
+                        f"{checkpoints.folder / str(saved[-1]) if saved else 'none yet'}. A lower optim.lr, in another folder, may help."
                     )
 
         pending = None
         for step in range(start + 1, config.steps + 1):
             if step - 1 == first_profiled:
-                jax.profiler.start_trace(str(Path(folder) / "profile"))
+                trace.enter_context(jax.profiler.trace(str(Path(folder) / "profile")))
             batch = shard_batch(mesh, source.batch(step - 1, rows), config.batch)
             state, metrics = step_fn(state, batch)
             if pending is not None:
@@ -174,7 +175,7 @@ def train(
             pending = (step, metrics)
             if step == last_profiled:
                 jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+                trace.close()
 
             # ---- Evaluation and checkpoints; the metrics of a step are on file before the step is saved ------------
             final, leaving = step == config.steps, stop_asked(step)
@@ -187,9 +188,9 @@ def train(
                     if evaluates:
                         held_out = evaluate(eval_step, state, source, mesh)
                         writer.write(step, {f"heldout_{key}": value for key, value in held_out.items()})
-                        log.info("step %d held-out: %s", step, held_out)
+                        log.info("%s: step %d held-out %s %.4f", name, step, task.metric, held_out[task.metric])
                     if saves:
-                        checkpoints.save(step, state, extra)
+                        checkpoints.save(step, state, extra | {"seconds": time.perf_counter() - began})
                 done_at = None
             if leaving and not final:
                 checkpoints.wait()

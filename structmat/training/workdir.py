@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from structmat.training.config import FREE, differences
 from structmat.training.errors import RunError
 
 RUN = "config.json"
 RECORD = "record.json"
+_PART = f"{RUN}.part"
 _SHOWN = 8
 
 
@@ -30,11 +33,12 @@ def claim(workdir: str | Path, run: Mapping[str, Any]) -> bool:
     folder = Path(workdir)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"workdir {str(folder)!r} is a file; give a new folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
     path = folder / RUN
     if not path.exists():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5])
+        names = sorted(p.name for p in folder.iterdir() if p.name != _PART) if folder.exists() else []
+        if not names:
+            return False
+        found = ", ".join(names[:5])
         raise RunError(f"workdir {str(folder)!r} holds {found}, but no {RUN} of a run; give a new or empty folder")
     try:
         stored = json.loads(path.read_text())
@@ -55,16 +59,18 @@ def claim(workdir: str | Path, run: Mapping[str, Any]) -> bool:
 
 
 def occupy(workdir: str | Path, run: Mapping[str, Any]) -> None:
-    """Make the folder and note whose it is.
+    """Make the folder and note whose it is; process 0 does it for all.
 
     Raises:
       RunError: it cannot be written.
     """
     folder = Path(workdir)
+    if jax.process_index() != 0:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / RUN).exists():
-            part = folder / f"{RUN}.part"
+            part = folder / _PART
             part.write_text(json.dumps(run, indent=1) + "\n")
             part.rename(folder / RUN)
     except OSError as error:
