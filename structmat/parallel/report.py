@@ -108,7 +108,9 @@ def collectives(hlo: str) -> dict[str, Traffic]:
 
 
 _COLLECTIVE = re.compile(rf"= (?P<result>.+?) (?P<kind>{'|'.join(KINDS)})(?P<phase>-start)?\(")
-_CALLED = re.compile(r"(?:calls|body|condition|to_apply|branch_computations|called_computations)=\{?([\w.\-%, ]+)")
+_CALLED = re.compile(
+    r"(?:calls|body|condition|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 

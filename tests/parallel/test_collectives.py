@@ -18,13 +18,21 @@ HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
   ROOT %s = f32[] add(%a, %a)
 }
 
-%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+%wide.region_1.8 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %ar = bf16[4,2]{1,0} all-reduce(%x), channel_id=1, to_apply=%add
   ROOT %t = (s32[], f32[8]) tuple(%i, %y)
 }
 
-%cond (p: (s32[], f32[8])) -> pred[] {
+%region_2.9 (p: (s32[], f32[8])) -> pred[] {
   ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+%left (p: f32[8]) -> f32[8] {
+  ROOT %one = f32[8]{0} collective-permute(%p), source_target_pairs={{0,1}}
+}
+
+%right-1 (p: f32[8]) -> f32[8] {
+  ROOT %two = f32[8]{0} collective-permute(%p), source_target_pairs={{1,0}}
 }
 
 %unused (p: f32[8]) -> f32[8] {
@@ -32,7 +40,8 @@ HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 }
 
 ENTRY %main.1 (p: f32[8]) -> f32[8] {
-  %w = (s32[], f32[8]) while(%init), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %w = (s32[], f32[8]) while(%init), condition=%region_2.9, body=%wide.region_1.8, backend_config={"known_trip_count":{"n":"3"}}
+  %br = f32[8]{0} conditional(%i, %p, %p), branch_computations={%left, %right-1}
   %both = (f32[8]{0}, pred[16]{0}) all-reduce(%p, %q), to_apply=%add
   %ags = (f32[8]{0}, f32[32]{0}) all-gather-start(%p), dimensions={0}
   %agd = f32[32]{0} all-gather-done(%ags)
@@ -49,7 +58,7 @@ def test_parser_on_known_text():
         "all-gather": Traffic(1, 128),
         "reduce-scatter": Traffic(1, 16),
         "all-to-all": Traffic(1, 5),
-        "collective-permute": Traffic(1, 32),
+        "collective-permute": Traffic(3, 96),
     }
     assert collectives("HloModule empty") == {}
 
@@ -118,3 +127,15 @@ def test_ffn_is_one_all_reduce(text):
     fn = lambda u, d, x: down.apply(d, jax.nn.gelu(up.apply(u, x)))
     got = sent(mesh, fn, args, batch_sharding(mesh).spec, WHOLE)
     assert {kind: t.count for kind, t in got.items()} == {"all-reduce": 1}
+
+
+def test_scanned_layers_count_each():
+    mesh = make_mesh({"data": 2, "tensor": 4})
+    weights = [(5, D, D)] * 2
+    args = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(weights, (P(None, None, "tensor"), P(None, "tensor", None)))
+    ]
+    layer = lambda x, w: (jax.nn.relu(x @ w[0]) @ w[1], None)
+    got = sent(mesh, lambda up, down, x: jax.lax.scan(layer, x, (up, down))[0], args, WHOLE, WHOLE)
+    assert got == {"all-reduce": Traffic(5, 5 * OUTPUT)}

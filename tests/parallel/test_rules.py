@@ -21,6 +21,8 @@ from structmat.parallel import (
     local_rows,
     make_mesh,
     on_mesh,
+    plan,
+    replicated,
     shard_batch,
     shardings,
     spec_for,
@@ -184,3 +186,14 @@ def test_differences_names_the_leaf():
     compiled = {"w": NamedSharding(mesh, P()), "b": NamedSharding(mesh, P())}
     (line,) = differences(abstract, planned, compiled)
     assert line.startswith("w (4, 4): planned") and "fsdp" in line
+
+
+def test_replicated_lists_large_whole_leaves():
+    mesh = make_mesh(CUBE)
+    abstract = {name: jax.ShapeDtypeStruct((1024, 512), jnp.float32) for name in ("whole", "split")}
+    abstract["small"] = jax.ShapeDtypeStruct((8,), jnp.float32)
+    specs = {"whole": P(None, None), "split": P("fsdp", None), "small": P(None)}
+    leaves = plan(abstract, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
+    assert [leaf.path for leaf in replicated(leaves)] == ["whole"]
+    assert [leaf.path for leaf in replicated(leaves, over=2**21)] == []
+    assert [leaf.path for leaf in replicated(leaves, over=2**20)] == ["whole"]
