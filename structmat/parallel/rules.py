@@ -230,7 +230,11 @@ def shard_batch(
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh, rules: AxisRules = DEFAULT_RULES) -> Iterator[Mesh]:
-    """Make `nn.with_logical_constraint` act: it needs both the ambient mesh and the rules, else it does nothing."""
+    """Make `nn.with_logical_constraint` act: it needs both the ambient mesh and the rules, else it does nothing.
+
+    Trace `model.init` outside of it where a weight has the same logical axis on both sides: Linen also applies the
+    rules to every parameter it creates, and refuses a repeated name.
+    """
     check_rules(mesh, rules)
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield mesh
