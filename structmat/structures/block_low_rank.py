@@ -65,6 +65,10 @@ class BoundBlockLowRank(Bound):
 
     last: ClassVar[str] = "L"
 
+    def __repr__(self) -> str:
+        k, p, l, s, r = self.sizes
+        return f"{super().__repr__()}, {k} x {l} slices of {p} x {s}, rank {r}"
+
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """(k, p, l, s, r)."""

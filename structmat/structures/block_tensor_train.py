@@ -139,8 +139,9 @@ class BoundBlockTensorTrain(Bound):
         return self._ordered(z.reshape(self.d_out, -1).T).reshape(*x.shape[:-1], self.d_out)
 
     def materialize(self, params: Params) -> jax.Array:
-        z = jnp.ones((1, self.d_in, 1, 1), params[self.last].dtype)
-        for name, outer, inner, r0, m, r1, n in self._steps():
+        (name, _, inner, _, m, r1, n), *steps = self._steps()
+        z = params[name].reshape(inner, m, r1, n).transpose(3, 0, 1, 2)
+        for name, outer, inner, r0, m, r1, n in steps:
             core = params[name].reshape(outer, inner, r0, m, r1, n)
             z = jnp.einsum("jimlr,jirmsn->jnimls", z.reshape(outer, inner, m, -1, r0), core)
             z = z.reshape(outer * n, inner, -1, r1)

@@ -92,13 +92,27 @@ class BoundWeightNorm(Reparametrisation):
     """Weight norm with sizes: the leaves of `a` under `weights`, one scalar for each that trains under `gamma`."""
 
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
-        weights = self.inner.leaves(in_axes, out_axes, gain)
-        scalar = lambda leaf: Leaf((), (), 1, 1, 1.0, law="ones", decay=False, fixed_rate=True)
-        return {"weights": weights, "gamma": map_leaves(scalar, _learned(weights))}
+        ratios, weights = self._ratios(gain), self.inner.leaves(in_axes, out_axes, gain)
+        unscaled = lambda leaf, _, ratio: dataclasses.replace(leaf, std=leaf.std / ratio)
+        scalar = lambda leaf, ratio: Leaf((), (), 1, 1, ratio, law="ones", decay=False, fixed_rate=True)
+        chosen = _learned(weights)
+        return {
+            "weights": _on(unscaled, chosen, weights, ratios),
+            "gamma": map_leaves(scalar, chosen, ratios),
+        }
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32, gain: float = 1.0) -> dict[str, Any]:
-        gamma = map_leaves(lambda leaf: jnp.ones((), dtype), _learned(self.inner.leaves()))
-        return {"weights": self.inner.init(key, dtype, gain), "gamma": gamma}
+        ratios, chosen = self._ratios(gain), _learned(self.inner.leaves())
+        unscaled = lambda _, value, ratio: value / ratio
+        return {
+            "weights": _on(unscaled, chosen, self.inner.init(key, dtype, gain), ratios),
+            "gamma": map_leaves(lambda _, ratio: jnp.full((), ratio, dtype), chosen, ratios),
+        }
+
+    def _ratios(self, gain: float) -> dict[str, Any]:
+        """What gamma starts at: a gain other than 0 goes there, for the cap would take it from the weights."""
+        ratio = lambda scaled, plain: scaled.std / plain.std if scaled.std and plain.std else 1.0
+        return map_leaves(ratio, _learned(self.inner.leaves(gain=gain)), self.inner.leaves())
 
     def effective(self, params: Params) -> dict[str, Any]:
         cap = lambda leaf, w, gamma: rms_cap(w, gamma, _sigma(leaf))

@@ -88,7 +88,7 @@ class BoundRandomSparse(Bound):
         return Leaf(shape, axes, 1, 1, 1.0, law="index", dtype=jnp.int32, trainable=False, decay=False)
 
     def _leaves(self, in_axes: Axes, out_axes: Axes) -> Leaves:
-        reach = max(1, round(self.structure.density * self.d_out))
+        reach = max(1, round(self.d_out * self.count / self.d_in))
         values = self.factor((self.d_out, self.count), (first_axis(out_axes), None), self.count, reach, share=1)
         if self.structure.init == "paper":
             values = dataclasses.replace(values, std=(3 * self.d_in) ** -0.5)

@@ -36,6 +36,12 @@ CASES = [
     ("tensor_train(rank=3)", 24, 36),
     ("tensor_train(rank=3, cores=3)", 24, 36),
     ("tensor_train(rank=5, cores=4)", 16, 24),
+    ("block_tensor_train(rank=2)", 24, 36),
+    ("block_tensor_train(rank=3, cores=3)", (4, 6), 36),
+    ("block_tensor_train(rank=2, cores=3, order='blocked')", 12, 16),
+    ("random_sparse(density=0.25)", 24, 36),
+    ("n_m_sparse(2, 4)", 24, 18),
+    ("n_m_sparse(1, 3, axis='out')", 12, 24),
     ("frozen(monarch(blocks=2))", 16, 16),
     ("scaled(low_rank(rank=2), s=-0.5)", 12, 20),
     ("transpose(block_low_rank(in_blocks=3, out_blocks=2, rank=2))", 16, 24),
@@ -45,16 +51,33 @@ CASES = [
     ("diagonal() @ low_rank(rank=2) @ diagonal()", 16, 24),
     ("product(block_diagonal(blocks=3), spectral(rank=2), inner=9)", 12, 20),
     ("fit(low_rank() + kronecker(), params=0.5)", 16, 24),
+    ("low_rank(rank=4, init='paper') + random_sparse(density=0.125, init='paper')", 24, 16),
+    ("transpose(random_sparse(density=0.25, select='magnitude'))", 24, 16),
+    ("masked(dense(), n_m_sparse(2, 4))", 12, 10),
+    ("masked(monarch(blocks=2), random_sparse(density=0.5), rule='ste')", 16, 12),
+    ("weight_norm(frozen(dense()) + low_rank(rank=2))", 16, 12),
+    ("fake_quantized(low_rank(rank=3), 4, group=16)", 12, 20),
+    ("dora(frozen(dense()) + low_rank(rank=2))", 12, 16),
 ]
 
 FULL_GRAM = {"dense", "low_rank", "spectral"}
 """Families whose projection takes any gram in closed form."""
-DIAGONAL_GRAM = {"diagonal", "block_diagonal", "block_low_rank", "monarch", "block_tensor_train"}
+DIAGONAL_GRAM = {
+    "diagonal",
+    "block_diagonal",
+    "block_low_rank",
+    "monarch",
+    "block_tensor_train",
+    "random_sparse",
+    "n_m_sparse",
+}
 """Families whose projection takes a diagonal gram in closed form."""
-UNTRACED_FLOPS: set[str] = set()
+UNTRACED_FLOPS: set[str] = {"random_sparse", "n_m_sparse", "masked", "weight_norm", "fake_quantized", "dora"}
 """Names whose product is more than GEMMs and multiplications; their own tests count it."""
-STRAIGHT_THROUGH: set[str] = set()
+STRAIGHT_THROUGH: set[str] = {"masked", "fake_quantized"}
 """Names whose gradient is not the derivative of their value."""
+UNSTATED_SIZE: set[str] = {"masked", "weight_norm", "dora"}
+"""Names that do not multiply with their leaves as they are; their own tests state the size of the output."""
 
 
 def label(case: tuple[str, Any, Any]) -> str:
