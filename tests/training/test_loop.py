@@ -32,12 +32,16 @@ def kill_at(when):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs of one config share their compiled programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
+def compile_fast(tmp_path_factory):
+    """Compile without optimisation, and let runs of one config share their programs."""
+    changes = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in changes}
+    for name, value in changes.items():
+        jax.config.update(name, value)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -97,9 +101,9 @@ def test_lm_learns_and_writes_its_record(tmp_path):
 
 
 def test_digits_reaches_ninety_percent(tmp_path):
-    config = small_digits(steps=200, batch=64, structure="monarch(blocks=4)", log_every=50)
+    config = small_digits(steps=120, batch=64, structure="monarch(blocks=4)", log_every=50)
     config.model.width = 64
-    config.checkpoint.every = 200
+    config.checkpoint.every = 120
     config.eval.batches = 0
     record = loop.train(config, tmp_path / "run")
     assert record.metrics["heldout"]["accuracy"] > 0.9

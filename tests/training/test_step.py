@@ -145,7 +145,7 @@ def test_dense_gradients_pull_back_to_the_gradients_of_the_factors(lm_params):
 
 @dataclasses.dataclass(frozen=True)
 class Ball:
-    """Every `every` steps, scale parameters into a ball, remember when, a draw, and the dense gradients seen."""
+    """Every `every` steps, scale parameters into a ball; add up random draws and the dense gradients seen."""
 
     every: int = 3
     radius: float = 2.0
@@ -164,8 +164,10 @@ class Ball:
 
     def update(self, key, step, dense_grads, state):
         shrink = lambda leaf: leaf * jnp.minimum(1, self.radius / (jnp.linalg.norm(leaf) + 1e-9))
+        old = state.rule_state
         seen = {name.replace("/", "."): jnp.abs(g) for name, g in dense_grads.items()}
-        kept = {"last": step, "draw": jax.random.uniform(key), "seen": seen}
+        draw = old["draw"] + jax.random.uniform(key)
+        kept = {"last": step, "draw": draw, "seen": jax.tree.map(jnp.add, old["seen"], seen)}
         return state.replace(params=jax.tree.map(shrink, state.params), rule_state=kept)
 
 
