@@ -141,37 +141,42 @@ class BoundSum(Bound):
         """
         self.check_dense(w)
         self.no_gram(in_gram, out_gram)
-        keys = dict(
-            zip(
-                (n for n, _ in self._named()),
-                jax.random.split(jax.random.key(0) if key is None else key, len(self.terms)),
-            )
-        )
+        keys = jax.random.split(jax.random.key(0) if key is None else key, len(self.terms))
         params: dict[str, Any] = {}
         rest = w
-        for name, term in self._named():
-            params[name] = like[name] if like is not None else term.project(rest, key=keys[name])
+        for (name, term), k in zip(self._named(), keys):
+            params[name] = jax.tree.map(jnp.asarray, like[name]) if like is not None else term.project(rest, key=k)
             rest = rest - term.materialize(params[name])
-        error = jnp.linalg.norm(rest)
-        for _ in range(SWEEPS):
-            before = error
-            for name, term in self._named():
-                target = rest + term.materialize(params[name])
-                new = term.project(target, key=keys[name], like=params[name])
-                new_rest = target - term.materialize(new)
-                better = jnp.linalg.norm(new_rest) < error
-                pick = functools.partial(jnp.where, better)
-                params[name] = jax.tree.map(pick, new, params[name])
-                rest, error = jnp.where(better, new_rest, rest), jnp.minimum(error, jnp.linalg.norm(new_rest))
-            if not isinstance(error, jax.core.Tracer) and float(before - error) <= 1e-6 * float(before):
-                break
-        return params
+        return _alternate(self, params, rest, keys)
 
     def _flops(self, rows: int) -> int:
         return sum(t._flops(rows) for t in self.terms)
 
     def _materialize_flops(self) -> int:
         return sum(t._materialize_flops() for t in self.terms)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _alternate(bound: BoundSum, params: dict[str, Any], rest: jax.Array, keys: jax.Array) -> dict[str, Any]:
+    """Sweeps over the terms until a sweep lowers the error by less than 1e-6 of it; `rest` = w - materialize(params)."""
+
+    def sweep(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        count, _, params, rest, before = carry
+        params, error = dict(params), before
+        for (name, term), key in zip(bound._named(), keys):
+            target = rest + term.materialize(params[name])
+            new = term.project(target, key=key, like=params[name])
+            new_rest = target - term.materialize(new)
+            new_error = jnp.linalg.norm(new_rest)
+            better = new_error < error
+            pick = lambda fresh, old: jnp.where(better, fresh, old).astype(old.dtype)  # noqa: B023, called at once
+            params[name] = jax.tree.map(pick, new, params[name])
+            rest, error = jnp.where(better, new_rest, rest), jnp.where(better, new_error, error)
+        return count + 1, before - error > 1e-6 * before, params, rest, error
+
+    going = lambda carry: (carry[0] < SWEEPS) & carry[1]
+    start = (jnp.zeros((), jnp.int32), jnp.array(True), params, rest, jnp.linalg.norm(rest))
+    return jax.lax.while_loop(going, sweep, start)[2]
 
 
 def _trains(bound: Bound) -> bool:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from structmat.structures.base import Axes, Bound, Leaves, Params, Shape, Structure, first_axis, math
+from structmat.structures.descent import keep_better
 from structmat.structures.factors import need_factors
 from structmat.structures.tensor import TensorTrainFormat, maximal_ranks, train_flops, train_matmul
 
@@ -108,11 +109,7 @@ class BoundTensorTrain(Bound):
         order = [axis for k in range(len(modes)) for axis in (k, len(modes) + k)]
         tensor = w.reshape([n for n, _ in modes] + [m for _, m in modes]).transpose(order)
         params = {f"core{k}": core for k, core in enumerate(self.format.project(tensor))}
-        if like is None or self.exact:
-            return params
-        error = lambda p: jnp.linalg.norm(w - self.materialize(p))
-        better = error(params) <= error(like)
-        return {name: jnp.where(better, params[name], like[name]) for name in params}
+        return params if self.exact else keep_better(self, w, params, like)
 
     def _flops(self, rows: int) -> int:
         return train_flops(self.format.core_shapes, rows)
