@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +16,18 @@ from structmat.structures import Bound, Leaf
 from structmat.structures.base import Axes, map_leaves
 
 RESERVED = ("bias",)
+
+
+@flax.struct.dataclass
+class Annotated(nn.LogicallyPartitioned):
+    """A leaf with its logical axes; unlike its base it may name one axis twice and constrains nothing by itself.
+
+    The constraint of the base is refused by Flax for a weight whose two sides share an axis (embed to embed); where
+    a leaf lives is decided once, by structmat.parallel, from these names.
+    """
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        return self.value
 
 
 def split(leaves: Mapping[str, Any], values: Mapping[str, Any], trainable: bool) -> dict[str, Any]:
@@ -52,10 +65,10 @@ def declare(
     else:
         values = map_leaves(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype or param_dtype), leaves)
 
-    def boxed(leaf: Leaf, value: Any) -> nn.LogicallyPartitioned:
+    def boxed(leaf: Leaf, value: Any) -> Annotated:
         if isinstance(value, jax.ShapeDtypeStruct):
             value = jnp.zeros(value.shape, value.dtype)
-        return nn.LogicallyPartitioned(value, leaf.axes)
+        return Annotated(value, leaf.axes)
 
     found: dict[str, Any] = {}
     for name, value in split(leaves, values, True).items():

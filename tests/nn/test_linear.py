@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from structmat.nn import StructuredDense, StructuredDenseGeneral, StructuredEmbed, choose_path, sites
+from structmat.parallel import make_mesh, on_mesh, shardings
 from structmat.structures import StructureError, parse
 
 KEY = jax.random.key(0)
@@ -120,3 +121,14 @@ def test_leaves_carry_the_sites_logical_axes():
     )
     (site,) = sites(nn.Sequential([layer]), jnp.ones((2, 16))).values()
     assert site.in_axes == ("embed",) and site.out_axes == ("mlp",) and site.kind == "linear"
+
+
+def test_both_sides_may_share_an_axis_on_a_mesh():
+    layer = StructuredDense(16, structure="low_rank(rank=4) + dense()", in_axes="embed", out_axes="embed")
+    x = jnp.ones((2, 16))
+    with on_mesh(make_mesh({"fsdp": -1})) as mesh:
+        boxed = jax.eval_shape(layer.init, KEY, x)
+        held = jax.jit(lambda: nn.unbox(layer.init(KEY, x)), out_shardings=shardings(mesh, boxed))()
+    kernel = held["params"]["1"]["kernel"]
+    assert boxed["params"]["1"]["kernel"].names == ("embed", "embed")
+    assert kernel.addressable_shards[0].data.shape == (2, 16)
