@@ -166,10 +166,12 @@ def _show_hint(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_show_hint(a) for a in args)
     if origin is tuple:
-        return f"a tuple of {_show_hint(args[0])}s"
+        return f"a tuple of {_show_hint(args[0]).split()[-1]}s"
     if hint is type(None):
         return "None"
-    return {int: "an int", float: "a float", str: "a string"}.get(hint, getattr(hint, "__name__", str(hint)))
+    return {int: "an int", float: "a float", str: "a string", Structure: "a structure"}.get(
+        hint, getattr(hint, "__name__", str(hint))
+    )
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -15,6 +15,7 @@ from structmat.structures.errors import StructureError, suggest
 from structmat.structures.registry import CONSTRUCTORS
 
 MAX_LENGTH = 10_000
+MAX_DEPTH = 200
 
 
 def parse(text: str | Structure) -> Structure:
@@ -33,9 +34,13 @@ def parse(text: str | Structure) -> Structure:
         raise StructureError(f"a structure of {len(text)} characters is too long; at most {MAX_LENGTH}")
     try:
         tree = ast.parse(text, mode="eval")
-    except (SyntaxError, RecursionError, ValueError) as error:
+    except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
         offset = getattr(error, "offset", None) or 1
         raise StructureError(_mark(text, offset - 1, f"not a structure: {getattr(error, 'msg', error)}")) from None
+    level, depth = [tree], 0
+    while level := [child for node in level for child in ast.iter_child_nodes(node)]:
+        if (depth := depth + 1) > MAX_DEPTH:
+            raise StructureError(f"a structure nested more than {MAX_DEPTH} deep is too deep: {text[:60]}...")
     return _Builder(text).structure(tree.body)
 
 
@@ -72,8 +77,10 @@ class _Builder:
             self.fail(args[len(positional)], f"{name} takes {len(positional)} positional arguments, got {len(args)}")
         values = {f.name: self.value(a) for f, a in zip(positional, args)}
         for keyword in keywords:
+            if keyword.arg is None:
+                self.fail(keyword, f"{name}: arguments are written out as name=value, ** is not read")
             if keyword.arg not in fields:
-                self.fail(keyword, f"{name} has no argument {keyword.arg!r}" + suggest(str(keyword.arg), fields))
+                self.fail(keyword, f"{name} has no argument {keyword.arg!r}" + suggest(keyword.arg, fields))
             if keyword.arg in values:
                 self.fail(keyword, f"{name}: {keyword.arg} is given twice")
             values[keyword.arg] = self.value(keyword.value)
