@@ -193,7 +193,7 @@ def test_dora_refit_is_least_squares_in_the_weighted_norm(a):
     w = jax.random.normal(jax.random.key(2), (16, 16))
     gram = jnp.linspace(0.1, 5, 16) if "block" in a else jnp.cov(jax.random.normal(jax.random.key(3), (16, 40)))
     full = gram if gram.ndim == 2 else jnp.diag(gram)
-    params = jax.jit(lambda w: bound.project(w, in_gram=gram))(w)
+    params = jax.jit(lambda w, gram: bound.project(w, in_gram=gram))(w, gram)
 
     def error(m):
         d = w - bound.materialize(params | {"magnitude": m})
