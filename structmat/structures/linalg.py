@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from structmat.structures.errors import StructureError
 
@@ -58,8 +59,8 @@ def gram_roots(gram: jax.Array, size: int, what: str) -> tuple[jax.Array, jax.Ar
         raise StructureError(f"{what} must have shape ({size},) or ({size}, {size}), got {gram.shape}")
     gram = gram.astype(working_dtype(gram))
     if gram.ndim == 1:
-        if not isinstance(gram, jax.core.Tracer) and bool(jnp.any(gram < 0)):
-            raise StructureError(f"{what} must not have negative entries; smallest is {float(gram.min()):.3g}")
+        if not isinstance(gram, jax.core.Tracer) and (least := np.min(np.asarray(gram))) < 0:
+            raise StructureError(f"{what} must not have negative entries; smallest is {least:.3g}")
         root = jnp.sqrt(gram)
         return root, jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
     values, vectors = jnp.linalg.eigh((gram + gram.T.conj()) / 2)
