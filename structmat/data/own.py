@@ -27,10 +27,10 @@ def load_tokens(path: str | Path, glob: str = "**/*.txt") -> Corpus:
     path = Path(path)
     if path.is_dir():
         return bytes_text.load(path, glob)
-    if path.suffix not in (".npy", ".jsonl"):
-        raise DataError(f"cannot read {str(path)!r} as text; valid: a folder of text, a .jsonl or a .npy file")
     if not path.is_file():
         raise DataError(f"no data at {str(path)!r}: it does not exist; give a folder of text, a .jsonl or a .npy file")
+    if path.suffix not in (".npy", ".jsonl"):
+        raise DataError(f"cannot read {str(path)!r} as text; valid: a folder of text, a .jsonl or a .npy file")
     return _npy(path) if path.suffix == ".npy" else _jsonl(path)
 
 

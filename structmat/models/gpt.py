@@ -28,15 +28,16 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, decode: bool) -> jax.Array:
         width = x.shape[-1]
-        into = lambda name: StructuredDenseGeneral(
+        into = lambda name, gain=1.0: StructuredDenseGeneral(
             (self.heads, width // self.heads),
             structure=pick(self.structures, name),
             dtype=self.dtype,
             in_axes="embed",
             out_axes=("heads", "kv"),
+            gain=gain,
             name=name,
         )(x)
-        q, k, v = into("q"), into("k"), into("v")
+        q, k, v = into("q", gain=0.0), into("k"), into("v")  # attention starts uniform, as muP asks
         length = x.shape[1]
         mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
         if decode:
