@@ -187,7 +187,7 @@ def test_workdir_of_another_config_is_refused_untouched(finished):
     other.optim.lr = 0.5
     with pytest.raises(RunError) as caught:
         loop.train(other, finished)
-    assert "seed: there 0, now 1" in str(caught.value) and "optim.lr: there 0.008, now 0.5" in str(caught.value)
+    assert "seed: there 0, now 1" in str(caught.value) and "optim.lr: there 0.004, now 0.5" in str(caught.value)
     with pytest.raises(RunError, match="rule: there ''"):
         loop.train(small_digits(), finished, rule=Ball())
     assert snapshot(finished) == before
