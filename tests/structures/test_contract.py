@@ -145,10 +145,10 @@ def test_transformations(case):
     def results(bound, floats, x):
         scanned = lambda f: jax.lax.scan(lambda c, p: (c, bound.matmul(p, x)), 0, join(f))[1]
         vmapped = lambda f: jax.vmap(bound.matmul, (0, None))(join(f), x)
-        runs = (scanned, vmapped)
-        return [fn(floats) for fn in runs], [jax.grad(lambda f, fn=fn: jnp.sum(fn(f) ** 2))(floats) for fn in runs]
+        squares = lambda fn: jax.grad(lambda f: (jnp.sum((y := fn(f)) ** 2), y), has_aux=True)
+        return [squares(fn)(floats)[::-1] for fn in (scanned, vmapped)]
 
-    values, grads = results(bind(case), floats, x)
+    values, grads = zip(*results(bind(case), floats, x))
     for value in values:
         close(value, np.stack([np.asarray(x) @ dense(case, seed) for seed in range(3)]))
     jax.tree.map(functools.partial(close, tolerance=1e-4), *grads)
