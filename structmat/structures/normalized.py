@@ -94,7 +94,9 @@ class BoundWeightNorm(Reparametrisation):
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
         ratios, weights = self._ratios(gain), self.inner.leaves(in_axes, out_axes, gain)
         unscaled = lambda leaf, _, ratio: dataclasses.replace(leaf, std=leaf.std / ratio)
-        scalar = lambda leaf, ratio: Leaf((), (), 1, 1, ratio, law="ones", decay=False, fixed_rate=True)
+        # Fans as its leaf: where an embedding enlarges the leaf, the cap takes it back and gamma has to carry it.
+        own = {"shape": (), "axes": (), "law": "derived", "dtype": None, "decay": False, "fixed_rate": True}
+        scalar = lambda leaf, ratio: dataclasses.replace(leaf, std=ratio, **own)
         chosen = _learned(weights)
         return {
             "weights": _on(unscaled, chosen, weights, ratios),
@@ -131,7 +133,8 @@ class WeightNorm(Reparametrised):
     """`weight_norm(a)`: every trainable leaf M of `a` acts as gamma M / max(1, RMS(M) / sigma).
 
     sigma is the leaf's standard deviation at initialisation and gamma a learned scalar that starts at 1 (Qiu et al.
-    2024, who need it for block tensor trains in GPT-2).
+    2024, who need it for block tensor trains in GPT-2). Write weight_norm(transpose(a)): the caps of
+    transpose(weight_norm(a)) are those of the other orientation.
     """
 
     name: ClassVar[str] = "weight_norm"

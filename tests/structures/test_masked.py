@@ -10,6 +10,13 @@ import pytest
 import structmat
 from structmat.structures import StructureError, flatten_leaves
 
+key = functools.partial(jax.random.key, impl="unsafe_rbg")  # compiles several times faster
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
 NM = "masked(dense(), n_m_sparse(2, 4), rule='{}', decay=0.01)"
 RANDOM = "masked(dense(), random_sparse(density=0.25), rule='{}', decay=0.01)"
 MAGNITUDE = "masked(dense(), random_sparse(density=0.25, select='magnitude'), rule='{}', decay=0.01)"
@@ -18,13 +25,13 @@ MAGNITUDE = "masked(dense(), random_sparse(density=0.25, select='magnitude'), ru
 @functools.cache
 def setup(text, n=12, m=10):
     bound = structmat.parse(text).bind(n, m)
-    return bound, bound.init(jax.random.key(0))
+    return bound, jax.jit(bound.init)(key(0))
 
 
 @pytest.mark.parametrize("text", [NM, RANDOM, MAGNITUDE])
 def test_gradient_of_each_rule(text):
     """Exactly g at the masked weights, dense; plus decay (1 - mask) w; or masked: for loss x -> <g, W>."""
-    g = jax.random.normal(jax.random.key(1), (12, 10))
+    g = normal(1, 12, 10)
     found = {}
     for rule in ("ste", "sr_ste", "plain"):
         bound, params = setup(text.format(rule))
@@ -41,7 +48,7 @@ def test_gradient_of_each_rule(text):
 
 def test_gradient_is_taken_at_the_masked_weights():
     bound, params = setup(NM.format("sr_ste"))
-    x, target = jax.random.normal(jax.random.key(2), (5, 12)), jnp.ones((5, 10))
+    x, target = normal(2, 5, 12), jnp.ones((5, 10))
     loss = lambda w: jnp.sum((x @ w - target) ** 2)
     w = bound.materialize(params)
     expected = jax.grad(loss)(w) + 0.01 * jnp.where(w != 0, 0, params["weights"]["kernel"])
@@ -73,7 +80,7 @@ def test_exact_pattern_at_every_weight():
 @pytest.mark.parametrize("text", [NM, MAGNITUDE])
 def test_projection_is_the_patterns_and_keeps_the_masked_entries(text):
     bound, _ = setup(text.format("sr_ste"))
-    w = jax.random.normal(jax.random.key(3), (12, 10))
+    w = normal(3, 12, 10)
     found = bound.project(w)
     np.testing.assert_array_equal(found["weights"]["kernel"], w)
     pattern = bound.structure.pattern.bind(12, 10)

@@ -12,15 +12,21 @@ import structmat
 from structmat.structures import StructureError, flatten_leaves
 from structmat.structures.reparam import fake_quantize, rms_cap, sr_ste, ste
 
+key = functools.partial(jax.random.key, impl="unsafe_rbg")  # compiles several times faster
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
 
 @functools.cache
-def setup(text, n=16, m=24, **kwargs):
+def setup(text, n=16, m=24):
     bound = structmat.parse(text).bind(n, m)
-    return bound, bound.init(jax.random.key(0), **kwargs)
+    return bound, jax.jit(bound.init)(key(0))
 
 
 def relative(a, b):
-    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(b))
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------
@@ -37,9 +43,9 @@ def test_ste_has_the_hard_value_and_the_soft_gradient(dtype):
 
 
 def test_sr_ste_gradient():
-    w = jax.random.normal(jax.random.key(0), (6, 5))
+    w = normal(0, 6, 5)
     mask = jax.random.bernoulli(jax.random.key(1), 0.5, (6, 5))
-    g = jax.random.normal(jax.random.key(2), (6, 5))
+    g = normal(2, 6, 5)
     value, back = jax.vjp(lambda w: sr_ste(w, mask, 2e-4), w)
     np.testing.assert_array_equal(value, mask * w)
     np.testing.assert_array_equal(back(g)[0], g + np.float32(2e-4) * (1 - mask) * w)
@@ -50,7 +56,7 @@ def test_sr_ste_gradient():
 
 
 def test_rms_cap():
-    w = jax.random.normal(jax.random.key(0), (40, 30))
+    w = normal(0, 40, 30)
     rms = float(jnp.sqrt(jnp.mean(w**2)))
     np.testing.assert_array_equal(rms_cap(w, jnp.ones(()), 2 * rms), w)
     capped = rms_cap(w, jnp.asarray(3.0), rms / 4)
@@ -64,19 +70,20 @@ def test_rms_cap():
         check_grads(cap, (wide, jnp.asarray(1.2)), order=1, modes=("rev",))
 
 
-@pytest.mark.parametrize(("bits", "group"), [(2, 4), (4, 8), (8, 5)])
+@pytest.mark.parametrize(("bits", "group"), [(2, 4), (8, 5)])
 def test_fake_quantize(bits, group):
-    w = jax.random.normal(jax.random.key(bits), (6, 7))
-    q = np.asarray(fake_quantize(w, bits, group))
+    w = normal(bits, 6, 7)
+    rounded = jax.jit(lambda w: fake_quantize(w, bits, group))
+    q = np.asarray(rounded(w))
     flat, levels = np.asarray(w).ravel(), 2 ** (bits - 1) - 1
     for start in range(0, flat.size, group):
         part, mine = flat[start : start + group], q.ravel()[start : start + group]
         scale = np.abs(part).max() / levels
         np.testing.assert_allclose(mine / scale, np.round(part / scale), atol=1e-3)
         assert np.abs(mine - part).max() <= scale / 2 * 1.0001
-    grad = jax.grad(lambda w: jnp.vdot(w, fake_quantize(w, bits, group)))(w)
+    grad = jax.jit(jax.grad(lambda w: jnp.vdot(w, fake_quantize(w, bits, group))))(w)
     np.testing.assert_allclose(grad, q + w, rtol=1e-5, atol=1e-6)
-    assert not np.any(fake_quantize(jnp.zeros((3, 3)), bits, group))
+    assert not np.any(rounded(jnp.zeros((6, 7))))
 
 
 # -- weight_norm -------------------------------------------------------------------------------------------------------
@@ -91,7 +98,8 @@ def test_weight_norm_caps_every_trainable_leaf():
     assert not any(leaf.fixed_rate for n, leaf in leaves.items() if n not in gammas)
     large = jax.tree.map(lambda v: 100 * v if v.dtype == jnp.float32 else v, params["weights"])
     huge = jax.tree.map(lambda v: 10 * v if v.dtype == jnp.float32 else v, large)
-    one, two = (bound.materialize(params | {"weights": w | {"0": params["weights"]["0"]}}) for w in (large, huge))
+    matrix = jax.jit(bound.materialize)
+    one, two = (matrix(params | {"weights": w | {"0": params["weights"]["0"]}}) for w in (large, huge))
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
@@ -102,14 +110,14 @@ def test_weight_norm_starts_at_the_capped_structure():
     assert relative(bound.materialize(params), inner.materialize(params["weights"])) < 0.1
     zero, start = setup("weight_norm(low_rank(rank=4, init='paper'))")
     assert not np.any(zero.materialize(start))
-    grad = jax.grad(lambda p: jnp.sum(zero.matmul(p, jnp.ones((2, 16))) ** 2 + zero.matmul(p, jnp.ones(16))))(start)
+    grad = jax.jit(jax.grad(lambda p: jnp.sum(zero.matmul(p, jnp.ones(16)))))(start)
     assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves(grad)) and np.any(grad["weights"]["b"])
 
 
 def test_weight_norm_projection_is_that_of_a():
     bound, _ = setup("weight_norm(block_tensor_train(rank=2))")
     inner, _ = setup("block_tensor_train(rank=2)")
-    w = 7 * jax.random.normal(jax.random.key(1), (16, 24))
+    w = 7 * normal(1, 16, 24)
     found = bound.project(w)
     np.testing.assert_allclose(bound.materialize(found), inner.materialize(inner.project(w)), atol=2e-5)
     assert bound.exact and all(float(g) > 1 for g in found["gamma"].values())
@@ -134,8 +142,9 @@ def test_fake_quantized_rounds_every_leaf_but_indices():
 def test_fake_quantized_projection_never_loses_to_like():
     bound, params = setup("fake_quantized(low_rank(rank=3), bits=2, group=4)")
     w = bound.materialize(params)
-    assert relative(bound.materialize(bound.project(w)), w) > 0.05
-    assert relative(bound.materialize(bound.project(w, like=params)), w) < 1e-6
+    nearest = jax.jit(lambda w, like: bound.materialize(bound.project(w, like=like)))
+    assert relative(nearest(w, None), w) > 0.05
+    assert relative(nearest(w, params), w) < 1e-6
 
 
 # -- dora --------------------------------------------------------------------------------------------------------------
@@ -158,8 +167,8 @@ def test_dora_gradient_is_orthogonal_to_the_direction():
     """Scaling a column of V changes nothing, so the gradient with respect to V has no component along it."""
     with jax.enable_x64(True):
         bound = structmat.parse("dora(dense())").bind(8, 5)
-        params = bound.init(jax.random.key(0), jnp.float64)
-        g = jax.random.normal(jax.random.key(1), (8, 5))
+        params = bound.init(key(0), jnp.float64)
+        g = normal(1, 8, 5)
         grad = jax.jit(jax.grad(lambda p: jnp.vdot(g, bound.materialize(p))))(params)
         v = params["weights"]["kernel"]
         np.testing.assert_allclose(jnp.sum(grad["weights"]["kernel"] * v, axis=0), 0, atol=1e-12)
@@ -179,7 +188,7 @@ def test_dora_keeps_no_dense_matrix_for_the_backward_pass():
 def test_dora_projection_refits_magnitudes():
     inner, _ = setup("kronecker()")
     bound, params = setup("dora(kronecker())")
-    w = jax.random.normal(jax.random.key(2), (16, 24))
+    w = normal(2, 16, 24)
     before, after = inner.materialize(inner.project(w)), bound.materialize(bound.project(w))
     assert relative(after, w) < 0.99 * relative(before, w)
     member = bound.materialize(params)
@@ -190,8 +199,8 @@ def test_dora_projection_refits_magnitudes():
 @pytest.mark.parametrize("a", ["block_tensor_train(rank=1, cores=3)", "low_rank(rank=2)"])
 def test_dora_refit_is_least_squares_in_the_weighted_norm(a):
     bound, _ = setup(f"dora({a})", 16, 16)
-    w = jax.random.normal(jax.random.key(2), (16, 16))
-    gram = jnp.linspace(0.1, 5, 16) if "block" in a else jnp.cov(jax.random.normal(jax.random.key(3), (16, 40)))
+    w = normal(2, 16, 16)
+    gram = jnp.linspace(0.1, 5, 16) if "block" in a else jnp.cov(normal(3, 16, 40))
     full = gram if gram.ndim == 2 else jnp.diag(gram)
     params = jax.jit(lambda w, gram: bound.project(w, in_gram=gram))(w, gram)
 
