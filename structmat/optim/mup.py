@@ -24,7 +24,9 @@ from structmat.structures.base import Leaves
 
 
 def leaf_multiplier(leaf: Leaf, kind: str, base_d_in: int) -> float:
-    """kappa of one leaf; embeddings read one-hot inputs, so their input size is 1."""
+    """kappa of one leaf; 1 for learned scalars and norms. Embeddings read one-hot inputs: their input size is 1."""
+    if leaf.fixed_rate:
+        return 1.0
     if kind == "embed":
         return 1 / (leaf.embed_fan * leaf.share)
     return base_d_in / (leaf.fan_in * leaf.share)

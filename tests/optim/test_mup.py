@@ -8,10 +8,10 @@ import pytest
 from structmat.models import GPT
 from structmat.nn import assign, sites
 from structmat.optim import decay_mask, leaf_multiplier, make_optimizer, make_schedule, multipliers
-from structmat.structures import StructureError, parse
+from structmat.structures import StructureError, flatten_leaves, parse
 from tests.optim.width import BASE, feature_update
 
-WIDTHS = (64, 256, 1024)
+WIDTHS = (64, 1024)
 FLAT = 2.1
 """Largest ratio between the feature updates at any two of WIDTHS."""
 LEVEL = (0.25, 3.0)
@@ -31,6 +31,8 @@ FAMILIES = [
     "tensor_train(rank=4, cores=3)",
     "fit(low_rank() + monarch(), params=0.5)",
     "monarch(blocks=4) + diagonal()",
+    "weight_norm(monarch(blocks=4))",
+    "dora(low_rank(rank=16))",
 ]
 SPARSE = ["random_sparse(density=0.25)", "fit(low_rank() + random_sparse(), params=0.3)", "n_m_sparse(n=2, m=4)"]
 """Supports average out only in wide matrices: tested from width 512."""
@@ -46,6 +48,13 @@ def test_feature_update_is_flat_in_width_and_near_dense(text, dense_update):
     updates = [feature_update(text, w) for w in (WIDTHS if text in FAMILIES else (512, 1024))]
     assert max(updates) / min(updates) < FLAT, updates
     assert LEVEL[0] < updates[-1] / dense_update < LEVEL[1], (updates, dense_update)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("text", FAMILIES)
+def test_feature_update_is_flat_at_every_width_between(text):
+    updates = [feature_update(text, w) for w in (64, 128, 256, 512, 1024)]
+    assert max(updates) / min(updates) < FLAT, updates
 
 
 def test_one_multiplier_for_the_whole_layer_is_not_enough():
@@ -75,6 +84,12 @@ def test_terms_of_a_sum_share_and_frozen_terms_do_not():
     assert leaf_multiplier(leaves["1"]["R"], "linear", BASE) == BASE / 256
     leaves = parse("frozen(dense()) + low_rank(rank=8)").bind(256, 256).leaves()
     assert leaf_multiplier(leaves["1"]["b"], "linear", BASE) == BASE / 16
+
+
+def test_learned_scalars_keep_the_plain_rate():
+    leaves = parse("weight_norm(monarch(blocks=4))").bind(256, 256).leaves()
+    assert {leaf_multiplier(leaf, "linear", BASE) for _, leaf in flatten_leaves(leaves["gamma"])} == {1.0}
+    assert leaf_multiplier(leaves["weights"]["R"], "linear", BASE) == BASE / 128
 
 
 TOKENS = jax.ShapeDtypeStruct((2, 8), jnp.int32)
