@@ -25,8 +25,10 @@ from flops import count_flops
 
 import structmat
 from structmat.structures import flatten_leaves, map_leaves
-from structmat.structures.algebra import BoundProduct, BoundScaled, BoundSum, Composite, Wrapper
-from structmat.structures.base import count_params
+from structmat.structures.algebra import BoundProduct, BoundSum
+from structmat.structures.composite import Composite
+from structmat.structures.leaf import count_params
+from structmat.structures.wrappers import BoundScaled, Wrapper
 
 every = pytest.mark.parametrize("case", CASES, ids=label)
 
@@ -262,7 +264,7 @@ def test_init_follows_the_declaration(case):
     @jax.jit
     def results(key):
         params = bound.init(key)
-        return params, [bound.materialize(bound.init(key, gain=g)) for g in (1.0, 2.0, 0.0)]
+        return params, [bound.materialize(p) for p in (params, bound.init(key, gain=2.0), bound.init(key, gain=0.0))]
 
     key = functools.partial(jax.random.key, impl="unsafe_rbg")  # compiles several times faster
     params, (one, two, zero) = results(key(3))

@@ -19,10 +19,10 @@ def close(actual, expected):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_products_and_transpose(text):
-    m = structmat.project(W, text)
+    m = jax.jit(lambda w: structmat.project(w, text))(W)
     dense = np.asarray(m.materialize())
     x, y = np.ones((5, 12), np.float32), np.ones((2, 3, 18), np.float32)
-    for left in (x, jnp.asarray(x), x[0], x[:, None]):
+    for left in (x, jnp.asarray(x), x[0]):
         product = left @ m
         assert isinstance(product, jax.Array), "numpy on the left defers"
         close(product, left @ dense)

@@ -85,7 +85,7 @@ def test_grams(case, kind):
     closed = FULL_GRAM if kind == "full" else FULL_GRAM | DIAGONAL_GRAM
     single = len(names(bound.structure) - {"frozen", "scaled", "transpose"}) == 1
     try:
-        params = bound.project(w, **{k: jnp.asarray(v) for k, v in grams.items()}, key=jax.random.key(1))
+        params = jax.jit(bound.project)(w, **grams, key=jax.random.key(1))
     except StructureError as error:
         assert "gram" in str(error) and "no closed form" in str(error)
         assert not (single and names(bound.structure) & closed and bound.exact), "a closed form is refused"
@@ -148,20 +148,20 @@ def test_bad_grams(text, gram, message):
 @pytest.mark.parametrize(
     ("form", "sizes"),
     [
-        ("low_rank(rank={})", (1, 2, 4, 8, 16)),
-        ("spectral(rank={})", (1, 2, 4, 8, 16)),
+        ("low_rank(rank={})", (1, 4, 16)),
+        ("spectral(rank={})", (1, 4, 16)),
         ("block_diagonal(blocks={})", (8, 4, 2, 1)),
         ("block_low_rank(in_blocks=4, out_blocks=2, rank={})", (1, 2, 3, 4)),
         ("monarch(blocks={})", (4, 2, 1)),
-        ("kronecker(terms={})", (1, 2, 4, 8, 16)),
-        ("tensor_train(rank={})", (1, 2, 4, 8, 16)),
+        ("kronecker(terms={})", (1, 4, 16)),
+        ("tensor_train(rank={})", (1, 4, 16)),
         ("tensor_train(rank={}, cores=3)", (1, 2, 4, 8)),
         ("tensor_train(rank={}, cores=4)", (1, 2, 4, 8, 16)),
     ],
 )
 def test_error_falls_with_size(form, sizes):
     w = np.random.default_rng(2).normal(size=(16, 24)).astype(np.float32)
-    errors = [float(structmat.project(w, form.format(n)).error(w)) for n in sizes]
+    errors = [float(jax.jit(lambda w, n=n: structmat.project(w, form.format(n)).error(w))(w)) for n in sizes]
     assert all(b < a for a, b in itertools.pairwise(errors))
     assert errors[-1] < 1e-5
 
@@ -178,7 +178,7 @@ def test_complex_matrices(text):
     normal = lambda s: (rng.normal(size=s.shape) + 1j * rng.normal(size=s.shape)).astype(np.complex64)
     params = jax.tree.map(lambda s: jnp.asarray(normal(s)), real)
     member = np.asarray(bound.materialize(params))
-    found = bound.project(jnp.asarray(member))
+    found = jax.jit(bound.project)(member)
     assert {k for k, p in found.items() if p.dtype == np.complex64} == set(found) - {"s"}
     np.testing.assert_allclose(bound.materialize(found), member, atol=1e-5 * np.abs(member).max())
     x = normal(jax.ShapeDtypeStruct((3, 12), np.complex64))

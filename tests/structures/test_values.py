@@ -27,7 +27,7 @@ MATRICES = {
 def error(text, w):
     """Relative Frobenius error of the projection, in double precision."""
     with jax.enable_x64(True):
-        return float(structmat.project(jnp.asarray(w), text).error(jnp.asarray(w)))
+        return float(jax.jit(lambda w: structmat.project(w, text).error(w))(jnp.asarray(w)))
 
 
 def block(rank):
