@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from structmat.nn.sites import merge
 from structmat.structures import Bound, Leaf
-from structmat.structures.base import Axes, map_leaves
+from structmat.structures.leaf import Axes, map_leaves
 
 RESERVED = ("bias",)
 

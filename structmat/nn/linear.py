@@ -14,7 +14,7 @@ from structmat.nn.leaves import cast, compute_dtype, declare, embed_scale
 from structmat.nn.path import choose_path
 from structmat.nn.sites import KINDS, Kind, record
 from structmat.structures import Bound, Structure, StructureError, parse
-from structmat.structures.base import Axes
+from structmat.structures.leaf import Axes
 
 PATHS = ("auto", "factored", "dense")
 PROBE = "probe"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from structmat.structures import Bound
-from structmat.structures.algebra import BoundProduct, BoundSum, Wrapper
+from structmat.structures.algebra import BoundProduct, BoundSum
+from structmat.structures.wrappers import Wrapper
 
 EFFICIENCY = {
     "dense": 1.0,

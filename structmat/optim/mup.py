@@ -20,7 +20,7 @@ import optax
 
 from structmat.nn.sites import Site, leaf_groups
 from structmat.structures import Leaf, StructureError
-from structmat.structures.base import Leaves
+from structmat.structures.leaf import Leaves
 
 
 def leaf_multiplier(leaf: Leaf, kind: str, base_d_in: int) -> float:

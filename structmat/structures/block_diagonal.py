@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from structmat.structures.base import Axes, Bound, Leaves, Params, Shape, Structure, first_axis, math
+from structmat.structures.base import Bound
 from structmat.structures.factors import divisors
+from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
 from structmat.structures.linalg import diagonal_roots
+from structmat.structures.recipe import Structure
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -9,15 +9,18 @@ SVD over the slices projects, and because the slices partition the entries the r
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from structmat.structures.base import Axes, Bound, Leaves, Params, Shape, Structure, first_axis, math
+from structmat.structures.base import Bound
 from structmat.structures.factors import divisors
+from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
 from structmat.structures.linalg import balanced_split, diagonal_roots
+from structmat.structures.recipe import Structure
 
 Order = Literal["blocked", "paper"]
 

@@ -11,17 +11,20 @@ l = j_1, s = j_2.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from structmat.structures.base import Axes, Bound, Leaves, Params, Shape, Structure, first_axis, math
+from structmat.structures.base import Bound
 from structmat.structures.block_low_rank import BoundBlockLowRank, Order
 from structmat.structures.descent import keep_better
 from structmat.structures.factors import divisors, need_factors
+from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
 from structmat.structures.linalg import diagonal_roots, truncated_svd
+from structmat.structures.recipe import Structure
 
 
 def _blocks(size: int) -> int:

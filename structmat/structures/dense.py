@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from structmat.structures.base import Axes, Bound, Leaves, Params, Shape, Structure, first_axis
+from structmat.structures.base import Bound
+from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
+from structmat.structures.recipe import Structure
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from structmat.structures.base import Bound, Params
+from structmat.structures.base import Bound
+from structmat.structures.leaf import Params
 from structmat.structures.linalg import scale_columns, scale_rows
 
 

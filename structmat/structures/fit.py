@@ -7,10 +7,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
-from structmat.structures.algebra import Composite, Sum
-from structmat.structures.base import Bound, Shape, Structure
+from structmat.structures.algebra import Sum
+from structmat.structures.base import Bound
+from structmat.structures.composite import Composite
 from structmat.structures.dense import Dense
 from structmat.structures.errors import StructureError
+from structmat.structures.leaf import Shape
+from structmat.structures.recipe import Structure
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

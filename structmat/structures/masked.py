@@ -8,12 +8,15 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from structmat.structures.algebra import Composite, Wrapper
-from structmat.structures.base import Axes, Bound, Cost, Leaf, Leaves, Params, Shape, Structure
+from structmat.structures.base import Bound
+from structmat.structures.composite import Composite
 from structmat.structures.dense import BoundDense
 from structmat.structures.descent import keep_better
 from structmat.structures.errors import StructureError
+from structmat.structures.leaf import Axes, Cost, Leaf, Leaves, Params, Shape
+from structmat.structures.recipe import Structure
 from structmat.structures.reparam import sr_ste, ste
+from structmat.structures.wrappers import Wrapper
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from structmat.structures.algebra import BoundSum, Sum
-from structmat.structures.base import Bound, Cost, Structure
+from structmat.structures.base import Bound
 from structmat.structures.errors import StructureError
+from structmat.structures.leaf import Cost
+from structmat.structures.recipe import Structure
 from structmat.structures.text import parse
 
 

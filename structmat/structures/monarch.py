@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
-from structmat.structures.base import Shape, Structure, math
 from structmat.structures.block_low_rank import BoundBlockLowRank, Order
+from structmat.structures.leaf import Shape
+from structmat.structures.recipe import Structure
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from structmat.structures.base import Axes, Bound, Cost, Leaf, Leaves, Params, Shape, Structure, first_axis, math
+from structmat.structures.base import Bound
 from structmat.structures.errors import StructureError
 from structmat.structures.factors import divisors
+from structmat.structures.leaf import Axes, Cost, Leaf, Leaves, Params, Shape, first_axis
 from structmat.structures.linalg import diagonal_roots, scale_columns, scale_rows
 from structmat.structures.random_sparse import draw_rows
+from structmat.structures.recipe import Structure
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

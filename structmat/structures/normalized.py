@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from structmat.structures.algebra import Composite, Wrapper
-from structmat.structures.base import Axes, Bound, Cost, Leaf, Leaves, Params, Shape, Structure, map_leaves, math
+from structmat.structures.base import Bound
 from structmat.structures.block_low_rank import BoundBlockLowRank
+from structmat.structures.composite import Composite
 from structmat.structures.dense import BoundDense
 from structmat.structures.descent import keep_better
+from structmat.structures.leaf import Axes, Cost, Leaf, Leaves, Params, Shape, map_leaves
 from structmat.structures.linalg import scale_rows
 from structmat.structures.low_rank import BoundLowRank
+from structmat.structures.recipe import Structure
 from structmat.structures.reparam import fake_quantize, rms_cap, rms_excess
+from structmat.structures.wrappers import Wrapper
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

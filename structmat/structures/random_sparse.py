@@ -7,15 +7,18 @@ column from a key folded with the column, so that columns shard without communic
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from structmat.structures.base import Axes, Bound, Leaf, Leaves, Params, Shape, Structure, first_axis, math, rows_of
+from structmat.structures.base import Bound, rows_of
 from structmat.structures.errors import StructureError
+from structmat.structures.leaf import Axes, Leaf, Leaves, Params, Shape, first_axis
 from structmat.structures.linalg import diagonal_roots, scale_rows
+from structmat.structures.recipe import Structure
 from structmat.structures.sparse_products import gather_product, scatter_product
 
 

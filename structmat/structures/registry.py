@@ -1,7 +1,6 @@
 """Every name the text form knows, one line each."""
 
-from structmat.structures.algebra import Frozen, Product, Scaled, Transpose
-from structmat.structures.base import Structure
+from structmat.structures.algebra import Product
 from structmat.structures.block_diagonal import BlockDiagonal
 from structmat.structures.block_low_rank import BlockLowRank
 from structmat.structures.block_tensor_train import BlockTensorTrain
@@ -15,8 +14,10 @@ from structmat.structures.monarch import Monarch
 from structmat.structures.n_m_sparse import NMSparse
 from structmat.structures.normalized import Dora, FakeQuantized, WeightNorm
 from structmat.structures.random_sparse import RandomSparse
+from structmat.structures.recipe import Structure
 from structmat.structures.spectral import Spectral
 from structmat.structures.tensor_train import TensorTrain
+from structmat.structures.wrappers import Frozen, Scaled, Transpose
 
 FAMILIES: dict[str, type[Structure]] = {
     "dense": Dense,

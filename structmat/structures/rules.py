@@ -7,9 +7,9 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-from structmat.structures.base import Structure
 from structmat.structures.dense import Dense
 from structmat.structures.errors import StructureError
+from structmat.structures.recipe import Structure
 from structmat.structures.text import parse
 
 RuleSpec = str | Structure | Sequence[tuple[str, str | Structure]]

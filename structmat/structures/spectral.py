@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from structmat.structures.base import Axes, Bound, Leaf, Leaves, Params, Shape, Structure, first_axis, math
+from structmat.structures.base import Bound
+from structmat.structures.leaf import Axes, Leaf, Leaves, Params, Shape, first_axis
 from structmat.structures.linalg import gram_roots, scale_columns, scale_rows, svd_of_product, truncated_svd
+from structmat.structures.recipe import Structure
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from structmat.structures.base import Shape
 from structmat.structures.errors import StructureError
+from structmat.structures.leaf import Shape
 from structmat.structures.linalg import truncated_svd
 
 Cores = Sequence[jax.Array]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from structmat.structures.base import Axes, Bound, Leaves, Params, Shape, Structure, first_axis, math
+from structmat.structures.base import Bound
 from structmat.structures.descent import keep_better
 from structmat.structures.factors import need_factors
+from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
+from structmat.structures.recipe import Structure
 from structmat.structures.tensor import TensorTrainFormat, maximal_ranks, train_flops, train_matmul
 
 

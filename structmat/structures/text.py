@@ -10,8 +10,8 @@ import dataclasses
 from typing import Any, NoReturn
 
 from structmat.structures.algebra import Product, Sum
-from structmat.structures.base import Structure
 from structmat.structures.errors import StructureError, suggest
+from structmat.structures.recipe import Structure
 from structmat.structures.registry import CONSTRUCTORS
 
 MAX_LENGTH = 10_000

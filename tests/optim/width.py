@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from structmat.optim import leaf_multiplier
 from structmat.structures import parse
-from structmat.structures.base import map_leaves
+from structmat.structures.leaf import map_leaves
 
 BASE = 64
 LR = 1e-3

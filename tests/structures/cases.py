@@ -11,7 +11,8 @@ import numpy as np
 
 import structmat
 from structmat.structures import Bound
-from structmat.structures.algebra import BoundProduct, Wrapper
+from structmat.structures.algebra import BoundProduct
+from structmat.structures.wrappers import Wrapper
 
 CASES = [
     ("dense()", 12, 20),

@@ -1,0 +1,119 @@
+"""The recipe of a structure: a frozen dataclass of static choices, which `bind` turns into a `Bound`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from structmat.structures.arguments import check_value, hints
+from structmat.structures.errors import StructureError, nearest
+from structmat.structures.leaf import Shape
+
+if TYPE_CHECKING:
+    from structmat.structures.base import Bound
+
+InitMode = Literal["spectral", "variance", "paper"]
+
+
+def as_shape(shape: int | Shape, what: str) -> Shape:
+    out = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not out or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in out):
+        raise StructureError(f"{what} must be a positive int or a tuple of them, got {shape!r}")
+    return out
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Structure:
+    """A recipe: static choices without sizes.
+
+    Every family takes, besides its own arguments:
+      init: `spectral` (std sqrt(min(f, g))/f per factor, goes with structure-aware learning rates), `variance`
+        (output RMS equals input RMS) or `paper` (the method's own).
+      train: names of the leaves that train, or None for the family's own choice; the rest is frozen.
+    """
+
+    _: dataclasses.KW_ONLY
+    init: InitMode = "spectral"
+    train: tuple[str, ...] | None = None
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        wanted = hints(type(self))
+        for field in dataclasses.fields(self):
+            value = check_value(getattr(self, field.name), wanted[field.name], f"{self.name}: {field.name}")
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse argument values no size could make valid."""
+
+    def need(self, **least: int) -> None:
+        """Refuse an int argument that is set and below its least value."""
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise StructureError(f"{self.name}: {name} must be at least {low}, got {value}")
+
+    def bind(self, in_shape: int | Shape, out_shape: int | Shape) -> Bound:
+        """Check the sizes and return the Bound for a weight of `in_shape` x `out_shape`.
+
+        Raises:
+          StructureError: sizes that do not fit, naming the values and the nearest valid choice.
+        """
+        return self._bind(as_shape(in_shape, f"{self.name}: in_shape"), as_shape(out_shape, f"{self.name}: out_shape"))
+
+    def _bind(self, in_shape: Shape, out_shape: Shape) -> Bound:
+        raise TypeError(f"{type(self).__name__} does not define _bind")
+
+    def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:
+        """Members of the family that fit these sizes, cheapest first; `fit` chooses among them. Empty if fixed."""
+        return []
+
+    def required(self, *names: str) -> None:
+        """Refuse to bind while one of these arguments is unset."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise StructureError(
+                    f"{self.name} needs {name}=...; set it, or let fit({self.name}(...), params=0.25) choose it"
+                )
+
+    def choose(self, argument: str, valid: list[int], in_shape: Shape, out_shape: Shape) -> None:
+        """Refuse an int argument that is not among `valid` for these sizes."""
+        value = getattr(self, argument)
+        if value not in valid:
+            raise StructureError(
+                f"{self.name}: {argument}={value} does not fit a weight of shape "
+                f"({math.prod(in_shape)}, {math.prod(out_shape)}); nearest valid: {nearest(value, valid)}"
+            )
+
+    @classmethod
+    def own_fields(cls) -> list[dataclasses.Field[Any]]:
+        """The family's own arguments in declared order, without `init` and `train`."""
+        return [f for f in dataclasses.fields(cls) if f.name not in ("init", "train")]
+
+    @classmethod
+    def text_fields(cls) -> list[dataclasses.Field[Any]]:
+        """All arguments in the order of the text form: the family's own, then `init` and `train`."""
+        return cls.own_fields() + [f for f in dataclasses.fields(cls) if f.name in ("init", "train")]
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in self.text_fields())})"
+
+    __repr__ = __str__
+
+    def short(self) -> str:
+        """The text form without arguments left at their default; for tables and logs."""
+        shown = [f for f in self.text_fields() if getattr(self, f.name) != f.default]
+        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+    def __add__(self, other: Structure) -> Structure:
+        from structmat.structures.algebra import Sum
+
+        return Sum.of(self, other) if isinstance(other, Structure) else NotImplemented
+
+    def __matmul__(self, other: Structure) -> Structure:
+        from structmat.structures.algebra import Product
+
+        return Product(self, other) if isinstance(other, Structure) else NotImplemented
