@@ -31,6 +31,7 @@ from structmat.structures.leaf import count_params
 from structmat.structures.wrappers import BoundScaled, Wrapper
 
 every = pytest.mark.parametrize("case", CASES, ids=label)
+one_per_name = pytest.mark.parametrize("case", {bind(c).structure.name: c for c in CASES}.values(), ids=label)
 
 
 def leaf_arrays(tree, prefix=""):
@@ -135,7 +136,7 @@ def test_float64_products_and_gradients(case):
             close(sum(np.vdot(g, v) for g, v in zip(got[0], along)), slope, 1e-7)
 
 
-@every
+@one_per_name
 def test_transformations(case):
     """Under jit with the Bound static, vmap and scan over a stack of parameters give what a loop gives."""
     x = rows(case, 4)
@@ -156,7 +157,7 @@ def test_transformations(case):
     jax.tree.map(functools.partial(close, tolerance=1e-4), *grads)
 
 
-@every
+@one_per_name
 def test_bfloat16(case):
     bound, params, x = bind(case), draw(case), rows(case, 4)
     narrow = lambda p: p.astype(jnp.bfloat16) if is_float(p) else p

@@ -52,6 +52,7 @@ def test_no_rules_leave_everything_dense():
     ("spec", "message"),
     [
         ("mlp -> low_rank(rank=2)", "rule 'mlp' matches no site; near: "),
+        ("layers_1/mlp -> low_rank(rank=2)", "(the whole path must match, try '.*')"),
         ("layers_1/mlp/upp -> low_rank(rank=2)", "near: layers_1/mlp/up, "),
         (".*/mlp/.* -> dense(); layers_3/mlp/.* -> dense()", "rule 'layers_3/mlp/.*' matches only sites that earlier rules took: layers_3/mlp/up, layers_3/mlp/down"),
         ("(mlp -> low_rank(rank=2)", "rule '(mlp' is not a regular expression"),
