@@ -30,6 +30,7 @@ demo: $(VENV)/.core  ## train and compare seven structures on real text; about 1
 test: $(VENV)/.test  ## the default suite, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
+test-long: export XLA_FLAGS ?= --xla_backend_optimization_level=3
 test-long: $(VENV)/.tpu  ## ahead-of-time TPU compiles, several processes, end-to-end runs
 	$(BIN)/python -m pytest -n 1 -m 'tpu_aot or multiprocess or notebooks or torture or long' $(PYTEST_ARGS)
 

@@ -99,7 +99,7 @@ def measure(text: str, n: int, batch: int, repeats: int, dtype) -> list[dict]:
         rows.append(
             {
                 "structure": str(ours[0].structure),
-                "label": ours[0].structure.short(),
+                "label": text,
                 "n": n,
                 "batch": batch,
                 "direction": direction,

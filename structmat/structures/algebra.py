@@ -15,6 +15,7 @@ from structmat.structures.composite import Composite
 from structmat.structures.errors import StructureError
 from structmat.structures.leaf import Axes, Leaves, Params, Shape, map_leaves
 from structmat.structures.recipe import Structure
+from structmat.structures.wrappers import Frozen, Scaled, Transpose
 
 SWEEPS = 20
 """Alternating sweeps a sum's projection runs at most; each keeps or lowers the error."""
@@ -173,14 +174,20 @@ class Product(Composite):
         return BoundProduct(Product(a.structure, b.structure, self.inner), in_shape, out_shape, a, b)
 
     def _implied(self, in_shape: Shape, out_shape: Shape) -> Shape:
-        if getattr(self.a, "square", False):
+        if _square(self.a):
             return in_shape
-        if getattr(self.b, "square", False):
+        if _square(self.b):
             return out_shape
         raise StructureError(
             f"product: neither {self.a.short()} nor {self.b.short()} fixes the inner size; "
             f"write product({self.a.short()}, {self.b.short()}, inner=64)"
         )
+
+
+def _square(structure: Structure) -> bool:
+    if isinstance(structure, Frozen | Scaled | Transpose):
+        return _square(structure.a)
+    return getattr(structure, "square", False)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

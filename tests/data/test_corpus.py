@@ -161,9 +161,11 @@ def test_bad_npy(tmp_path, array, message):
 def test_bad_paths(tmp_path, folder):
     (tmp_path / "junk.npy").write_bytes(b"junk")
     (tmp_path / "none.npy").write_bytes(b"")
+    (tmp_path / "x.csv").write_text("a,b")
     for name, message in (
         ("x.csv", "valid: a folder"),
         ("x.npy", "does not exist"),
+        ("x", "does not exist"),
         ("junk.npy", "not a readable"),
         ("none.npy", "not a readable"),
     ):

@@ -47,7 +47,7 @@ CASES = [
     ("transpose(kronecker(terms=2))", 24, 36),
     ("frozen(dense()) + low_rank(rank=2)", 16, 24),
     ("low_rank(rank=2) + monarch(blocks=2) + tensor_train(rank=1)", 16, 24),
-    ("diagonal() @ low_rank(rank=2) @ diagonal()", 16, 24),
+    ("diagonal() @ low_rank(rank=2) @ frozen(diagonal())", 16, 24),
     ("product(block_diagonal(blocks=3), spectral(rank=2), inner=9)", 12, 20),
     ("fit(low_rank() + kronecker(), params=0.5)", 16, 24),
     ("low_rank(rank=4, init='paper') + random_sparse(density=0.125, init='paper')", 24, 16),

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import (
+
+import structmat
+from structmat.structures import flatten_leaves, map_leaves
+from structmat.structures.algebra import BoundProduct, BoundSum
+from structmat.structures.composite import Composite
+from structmat.structures.leaf import count_params
+from structmat.structures.wrappers import BoundScaled, Wrapper
+from tests.structures.cases import (
     CASES,
     STRAIGHT_THROUGH,
     UNSTATED_SIZE,
@@ -21,14 +28,7 @@ from cases import (
     rows,
     split,
 )
-from flops import count_flops
-
-import structmat
-from structmat.structures import flatten_leaves, map_leaves
-from structmat.structures.algebra import BoundProduct, BoundSum
-from structmat.structures.composite import Composite
-from structmat.structures.leaf import count_params
-from structmat.structures.wrappers import BoundScaled, Wrapper
+from tests.structures.flops import count_flops
 
 every = pytest.mark.parametrize("case", CASES, ids=label)
 one_per_name = pytest.mark.parametrize("case", {bind(c).structure.name: c for c in CASES}.values(), ids=label)

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from flops import count_flops
+
+from tests.structures.flops import count_flops
 
 A, B = jnp.ones((3, 4)), jnp.ones((4, 5))
 

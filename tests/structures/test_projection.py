@@ -7,11 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, DIAGONAL_GRAM, FULL_GRAM, bind, dense, draw, is_float, label, names, outside, projects
 
 import structmat
 from structmat import StructureError
 from structmat.structures.algebra import BoundSum
+from tests.structures.cases import (
+    CASES,
+    DIAGONAL_GRAM,
+    FULL_GRAM,
+    bind,
+    dense,
+    draw,
+    is_float,
+    label,
+    names,
+    outside,
+    projects,
+)
 
 PROJECTED = [c for c in CASES if projects(bind(c))]
 every = pytest.mark.parametrize("case", PROJECTED, ids=label)

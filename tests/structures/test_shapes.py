@@ -4,12 +4,12 @@ import math
 
 import jax
 import numpy as np
-from flops import count_flops
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import structmat
 from structmat import StructureError
+from tests.structures.flops import count_flops
 
 sizes = st.sampled_from([1, 2, 3, 4, 6, 7, 8, 9, 12, 16, 18, 24, 30])
 small = st.integers(1, 6)

@@ -22,7 +22,7 @@ def apply(config, changes):
     return config
 
 
-MISSING = object()
+MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING"})()
 BAD = [
     ("lm", {"task": "lmm"}, "task", "did you mean 'lm'"),
     ("lm", {"task": None}, "task", "valid: lm, digits"),

@@ -84,6 +84,7 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(config, rule, tmp_path
 def test_lm_learns_and_writes_its_record(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     config = small_lm(corpus, steps=40, structure="fit(low_rank(), params=0.5)", log_every=10)
+    config.optim.lr = 0.01
     config.mesh.update(data=4, fsdp=2)
     config.eval.every = 20
     config.checkpoint.every = 20
