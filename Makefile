@@ -24,7 +24,7 @@ $(VENV)/.tpu: $(VENV)/.test
 
 setup: $(VENV)/.core
 
-demo: $(VENV)/.core  ## train and compare seven structures on real text; about 10 minutes on 2 cores
+demo: $(VENV)/.core  ## train dense and six structures on real text and compare them; under 12 minutes on 2 cores
 	$(BIN)/python -m experiments.compare --config=configs/demo.py --workdir=runs/demo
 
 test: $(VENV)/.test  ## the default suite, under 10 minutes on 2 cores

@@ -1,4 +1,5 @@
-"""The demo: one small byte-level GPT trained with seven structures at 0.3 of the dense parameters, and two dense arms.
+"""The demo: one small byte-level GPT with dense weights, with six structures at 0.3 of the dense parameters of every
+linear site, and with fewer dense weights (`dense small`).
 
     make demo
     python -m experiments.compare --config=configs/demo.py --workdir=runs/demo

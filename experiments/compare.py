@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from rich import box
@@ -29,15 +30,19 @@ from rich.table import Table
 
 from experiments import cli
 from structmat.analysis.plots import tradeoff
+from structmat.analysis.timing import interleaved
 from structmat.nn import choose_path
-from structmat.structures import parse
+from structmat.parallel import make_mesh, on_mesh, shard_batch
+from structmat.structures import Rules, parse
 from structmat.training import workdir
+from structmat.training.build import compile_step, optimizer_for
 from structmat.training.config import identity, validate
 from structmat.training.errors import ConfigError, RunError
 from structmat.training.loop import train
 from structmat.training.progress import Runs
 from structmat.training.record import Record, same_data
-from structmat.training.state import abstract_variables
+from structmat.training.state import create_state, plan_state
+from structmat.training.step import make_step
 from structmat.training.task import Task
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison: arms/, compare.json, table.md, plot.png.")
@@ -45,6 +50,7 @@ STRUCTURES = flags.DEFINE_multi_string(
     "structure", [], "A structure or rules to compare; repeat. Default: the config's."
 )
 SMALL = "dense small"
+TIMED_STEPS = 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +69,7 @@ class Arm:
     @property
     def params(self) -> int:
         """Parameters of the whole model."""
-        return _params(self.task)
-
-
-def _params(task: Task) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_variables(task)) if leaf.dtype != "int32")
+        return self.task.params
 
 
 def make_arms(config: ConfigDict, structures: list[str]) -> list[Arm]:
@@ -85,11 +87,15 @@ def make_arms(config: ConfigDict, structures: list[str]) -> list[Arm]:
     if not structures:
         raise ConfigError("compare.structures", (), "nothing to compare", "--structure='fit(monarch(), params=0.3)' is")
     arms = [_arm("dense", config, structure="dense()")]
-    for text in dict.fromkeys(structures):
+    for text in dict.fromkeys(str(Rules.of(text)) for text in structures):
         if text != "dense()":
             arms.append(_arm(text if "->" in text else parse(text).short(), config, structure=text))
     small = _small(config, max(arm.params for arm in arms[1:]), arms[0].params) if len(arms) > 1 else None
-    return arms[:1] + ([small] if small else []) + arms[1:]
+    arms = arms[:1] + ([small] if small else []) + arms[1:]
+    folders = [arm.folder for arm in arms]
+    if twice := [arm.label for arm in arms if folders.count(arm.folder) > 1]:
+        raise ConfigError("compare.structures", twice, "these would share a folder", "one of them is enough")
+    return arms
 
 
 def _arm(label: str, config: ConfigDict, structure: str, **model: Any) -> Arm:
@@ -112,8 +118,35 @@ def _small(config: ConfigDict, params: int, dense: int) -> Arm | None:
     return _arm(SMALL, config, "dense()", width=low * unit)
 
 
-def row_of(arm: Arm, record: Record, dense: Record) -> dict[str, Any]:
-    """One row of the table, all figures from the records and the resolved structures."""
+def step_seconds(arms: list[Arm], repeats: int) -> list[float]:
+    """Median seconds of each arm's training step, all taken in turn so that drift of the machine falls on all alike."""
+    mesh = make_mesh(arms[0].config.mesh.to_dict())
+    calls = []
+    with on_mesh(mesh):
+        for arm in arms:
+            tx, schedule = optimizer_for(arm.config, arm.task)
+            template = plan_state(arm.task, tx, None, mesh)
+            step = make_step(arm.task, tx, None, schedule, arm.config.seed)
+            compiled = compile_step(arm.task, step, template, mesh)
+            shapes = arm.task.batch.items()
+            batch = shard_batch(mesh, {n: np.zeros(s.shape, s.dtype) for n, s in shapes}, arm.config.batch)
+            calls.append(_stepper(compiled, create_state(arm.task, tx, None, template, arm.config.seed), batch))
+        times = interleaved(calls, [()] * len(calls), repeats)
+    return [statistics.median(t) for t in times]
+
+
+def _stepper(compiled: Any, state: Any, batch: Any) -> Callable[[], Any]:
+    held = [state]
+
+    def call() -> Any:
+        held[0], metrics = compiled(held[0], batch)
+        return held[0], metrics
+
+    return call
+
+
+def row_of(arm: Arm, record: Record, dense: Record, seconds: float, dense_seconds: float) -> dict[str, Any]:
+    """One row of the table, all figures from the records, the resolved structures and the steps timed in turn."""
     sites = [s for s in arm.task.table.values() if s.bound.structure.name != "dense"]
     dense_size, size = (
         sum(f(s) for s in sites) for f in (lambda s: s.bound.d_in * s.bound.d_out, lambda s: s.bound.params)
@@ -128,8 +161,8 @@ def row_of(arm: Arm, record: Record, dense: Record) -> dict[str, Any]:
         "model_share": arm.params / base["params"] if arm.label != "dense" else 1.0,
         "flops_per_unit": metrics["flops_per_unit"],
         "path": _path(arm),
-        "step_ms": 1e3 * metrics["step_seconds"] if metrics["step_seconds"] else None,
-        "relative_step_time": _ratio(metrics["step_seconds"], base["step_seconds"]),
+        "step_ms": 1e3 * seconds,
+        "relative_step_time": seconds / dense_seconds,
         "metric": metrics["heldout"][metrics["metric"]],
         "heldout": metrics["heldout"],
         "seconds": record.seconds,
@@ -141,10 +174,6 @@ def _path(arm: Arm) -> str:
     sites = [s for s in arm.task.table.values() if s.kind == "linear"]
     paths = {choose_path(s.bound, arm.task.units)[0] for s in sites if s.bound.structure.name != "dense"}
     return "mixed" if len(paths) > 1 else next(iter(paths), "dense")
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
 
 
 def table_of(rows: list[dict[str, Any]], dense: Record, markdown: bool) -> Table:
@@ -201,7 +230,8 @@ def compare(config: ConfigDict, folder: Path, structures: list[str]) -> Record:
         if not done:
             runs.finish(time.perf_counter() - started)
     data = same_data(records)
-    rows = [row_of(arm, record, records[0]) for arm, record in zip(arms, records)]
+    seconds = _known_seconds(folder, records) or step_seconds(arms, TIMED_STEPS)
+    rows = [row_of(arm, r, records[0], s, seconds[0]) for arm, r, s in zip(arms, records, seconds)]
     record = Record.create(
         name=folder.name,
         kind="compare",
@@ -210,11 +240,24 @@ def compare(config: ConfigDict, folder: Path, structures: list[str]) -> Record:
         seed=config.seed,
         data_hash=data,
         seconds=time.perf_counter() - began,
-        metrics={"rows": rows, "reference": records[0].metrics["reference"], "data": records[0].metrics["data"]},
+        metrics={
+            "rows": rows,
+            "runs": [r.date for r in records],
+            "reference": records[0].metrics["reference"],
+            "data": records[0].metrics["data"],
+        },
     )
     record.write(folder / "compare.json")
     write_report(folder, rows, records[0], record)
     return record
+
+
+def _known_seconds(folder: Path, records: list[Record]) -> list[float] | None:
+    """Step times of an earlier report on these very runs."""
+    path = folder / "compare.json"
+    if path.exists() and (old := Record.read(path)).metrics["runs"] == [r.date for r in records]:
+        return [row["step_ms"] / 1e3 for row in old.metrics["rows"]]
+    return None
 
 
 def write_report(folder: Path, rows: list[dict[str, Any]], dense: Record, record: Record) -> None:
@@ -225,7 +268,7 @@ def write_report(folder: Path, rows: list[dict[str, Any]], dense: Record, record
         console.print(table_of(rows, dense, markdown=True))
         console.print(
             f"\n{dense.metrics['steps']} steps of {dense.metrics['units_per_step']} {unit}s each, seed {record.seed}, one run "
-            f"per arm; {dense.metrics['data']}. Step time is relative to dense on this machine "
+            f"per arm; {dense.metrics['data']}. Step time is relative to dense, timed in turn after training "
             f"({record.device['cpu']}, {record.device['cores']} cores, jax {record.versions['jax']}, {record.date}). "
             f"Command: `{record.command}`",
             soft_wrap=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,13 @@ def generate(
         raise ValueError(f"a prompt of {prompt.shape[1]} and {length} new tokens do not fit context={model.context}")
     if temperature < 0:
         raise ValueError(f"temperature={temperature} must be at least 0")
+    return _run(model, length, temperature, variables, jnp.asarray(prompt), key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    model: nn.Module, length: int, temperature: float, variables: Any, prompt: jax.Array, key: jax.Array
+) -> jax.Array:
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), prompt[:, :1], False, True)["cache"])
     cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), nn.unbox(shapes))
 
@@ -46,9 +54,4 @@ def generate(
         token = pick(key, logits)
         return step(cache, token[:, None]), token
 
-    @jax.jit
-    def run(cache: Any) -> jax.Array:
-        carry = step(cache, prompt)
-        return jax.lax.scan(body, carry, jax.random.split(key, length))[1].T
-
-    return run(cache)
+    return jax.lax.scan(body, step(cache, prompt), jax.random.split(key, length))[1].T

@@ -130,7 +130,7 @@ class GPT(nn.Module):
     Attributes:
       vocab, context, layers, width, heads, mlp_ratio: sizes; heads must divide width.
       dropout: rate on attention weights and residual branches.
-      tie: the head is the transposed embedding (logits divided by sqrt(width)) instead of a weight of its own.
+      tie: the head is the transposed embedding (logits divided by width) instead of a weight of its own.
       structures: layer path -> structure, from `structmat.nn.assign`.
       scan: stack and scan adjacent equal layers. remat: `none`, `full` or `dots`.
       dtype: compute dtype; parameters stay f32.
@@ -186,7 +186,7 @@ class GPT(nn.Module):
         )
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
         if self.tie:
-            return embed.attend(x).astype(jnp.float32) / math.sqrt(self.width)
+            return embed.attend(x).astype(jnp.float32) / self.width
         head = StructuredDense(
             self.vocab,
             structure=pick(self.structures, "head"),

@@ -57,8 +57,9 @@ class StructuredDenseGeneral(nn.Module):
             raise StructureError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         axes = (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
+        within = all(-x.ndim <= a < x.ndim for a in axes)
         axes = tuple(sorted(a % x.ndim for a in axes))
-        if axes != tuple(range(x.ndim - len(axes), x.ndim)):
+        if not within or axes != tuple(range(x.ndim - len(axes), x.ndim)):
             raise StructureError(f"axis={self.axis} must name the last axes of an input of shape {x.shape}")
         in_shape = x.shape[axes[0] :]
         bound = parse(self.structure).bind(in_shape, features)
@@ -84,7 +85,10 @@ class StructuredDenseGeneral(nn.Module):
 
 
 class StructuredDense(StructuredDenseGeneral):
-    """Drop-in for `flax.linen.Dense` with a `structure`: x `(..., in)` -> `(..., features)`."""
+    """As `flax.linen.Dense`, with a `structure`: x `(..., in)` -> `(..., features)`.
+
+    Parameter names and call are Flax's; `init` of the structure takes the place of `kernel_init`.
+    """
 
 
 def product(bound: Bound, params: Any, x: jax.Array, path: str = "auto") -> jax.Array:
@@ -95,9 +99,10 @@ def product(bound: Bound, params: Any, x: jax.Array, path: str = "auto") -> jax.
 
 
 class StructuredEmbed(nn.Module):
-    """Drop-in for `flax.linen.Embed` with a `structure` on the (num_embeddings, features) table.
+    """As `flax.linen.Embed`, with a `structure` on the (num_embeddings, features) table.
 
-    Rows have RMS 1 at initialisation whatever the structure. `attend` is the tied output head.
+    At initialisation rows have RMS 1 for dense and factorised families and their sums; sparse and block-diagonal tables
+    keep only their density of it, and transposed, product and `paper` ones their own size. `attend` is the tied head.
     """
 
     num_embeddings: int

@@ -200,14 +200,20 @@ class BoundProduct(Bound):
     exact: ClassVar[bool] = False
 
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
-        a, b = self.a.leaves(in_axes, None), self.b.leaves(None, out_axes, gain)
+        ga, gb = self._gains(gain)
+        a, b = self.a.leaves(in_axes, None, ga), self.b.leaves(None, out_axes, gb)
         both = _trains(self.a) and _trains(self.b)
         add = lambda n: lambda leaf: dataclasses.replace(leaf, share=leaf.share + n) if both else leaf
         return {"0": map_leaves(add(_most_share(b)), a), "1": map_leaves(add(_most_share(a)), b)}
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32, gain: float = 1.0) -> dict[str, Any]:
         ka, kb = jax.random.split(key)
-        return {"0": self.a.init(ka, dtype), "1": self.b.init(kb, dtype, gain)}
+        ga, gb = self._gains(gain)
+        return {"0": self.a.init(ka, dtype, ga), "1": self.b.init(kb, dtype, gb)}
+
+    def _gains(self, gain: float) -> tuple[float, float]:
+        """A gain acts on the second factor, or on the first where only that trains."""
+        return (gain, 1.0) if _trains(self.a) and not _trains(self.b) else (1.0, gain)
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
         return self.b.matmul(params["1"], self.a.matmul(params["0"], x))

@@ -73,8 +73,14 @@ class Bound:
                 for n, leaf in leaves.items()
             }
         if gain != 1.0:
-            leaves[self.last] = dataclasses.replace(leaves[self.last], std=leaves[self.last].std * gain)
+            name = self._gain_leaf(leaves)
+            leaves[name] = dataclasses.replace(leaves[name], std=leaves[name].std * gain)
         return leaves
+
+    def _gain_leaf(self, leaves: Leaves) -> str:
+        """The leaf a gain acts on: `last`, or where that is frozen the last trainable one, lest it never leaves zero."""
+        trainable = [n for n, leaf in leaves.items() if leaf.trainable and leaf.law != "index"]
+        return self.last if self.last in trainable or not trainable else trainable[-1]
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32, gain: float = 1.0) -> dict[str, Any]:
         """Draw parameters; traceable, shapes independent of values, index leaves made inside."""
@@ -84,7 +90,7 @@ class Bound:
 
     def _sample(self, name: str, leaf: Leaf, key: jax.Array, dtype: Any) -> jax.Array:
         dtype = leaf.dtype or dtype
-        if leaf.law == "zeros" or leaf.std == 0:
+        if leaf.std == 0:
             return jnp.zeros(leaf.shape, dtype)
         if leaf.law == "ones":
             return jnp.full(leaf.shape, leaf.std, dtype)

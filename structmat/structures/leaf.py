@@ -24,7 +24,7 @@ class Leaf:
       fan_in: how many inputs of RMS 1 one output of this factor's product sums over.
       fan_out: how many outputs one input of this factor's product reaches.
       std: standard deviation at initialisation.
-      law: `normal`, `uniform` (of that std), `zeros`, `ones` (times std), `index` (drawn by the family) or `derived`
+      law: `normal`, `uniform` (of that std), `ones` (times std), `index` (drawn by the family) or `derived`
         (computed by the family from its other leaves).
       dtype: None for the parameter dtype asked for at init, else fixed (int32 for indices).
       trainable: False for frozen and integer leaves; those live in the Flax collection `frozen`.
@@ -80,9 +80,6 @@ class Cost:
     flops: int
     flops_executed: int
     bytes: int
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
 
 
 def flatten_leaves(leaves: Leaves, prefix: str = "") -> Iterator[tuple[str, Leaf]]:

@@ -99,6 +99,8 @@ def project(dense: jax.Array, structure: str | Structure, **kwargs: Any) -> Matr
     dense = jnp.asarray(dense)
     if dense.ndim != 2:
         raise StructureError(f"project needs a matrix, got an array of shape {dense.shape}")
+    if not jnp.issubdtype(dense.dtype, jnp.inexact):
+        dense = dense.astype(jnp.float32)
     bound = parse(structure).bind(*dense.shape)
     return Matrix(bound, bound.project(dense, **kwargs))
 

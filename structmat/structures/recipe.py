@@ -62,7 +62,10 @@ class Structure:
         Raises:
           StructureError: sizes that do not fit, naming the values and the nearest valid choice.
         """
-        return self._bind(as_shape(in_shape, f"{self.name}: in_shape"), as_shape(out_shape, f"{self.name}: out_shape"))
+        bound = self._bind(as_shape(in_shape, f"{self.name}: in_shape"), as_shape(out_shape, f"{self.name}: out_shape"))
+        if self.train is not None:
+            bound.leaves()  # refuses names of leaves there are not
+        return bound
 
     def _bind(self, in_shape: Shape, out_shape: Shape) -> Bound:
         raise TypeError(f"{type(self).__name__} does not define _bind")

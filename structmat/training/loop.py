@@ -119,7 +119,7 @@ def train(
                 start=start,
                 per_step=task.units,
                 unit=f"{task.unit}s",
-                step_flops=3 * task.flops() * task.units,
+                step_flops=3 * task.flops(executed=True) * task.units,
                 peak_flops=peak * mesh.devices.size if peak else None,
                 runs=runs,
             )
@@ -217,7 +217,7 @@ def train(
                 "unit": task.unit,
                 "units_per_step": task.units,
                 "step_seconds": statistics.median(seconds) if seconds else None,
-                "params": sum(leaf.size for part in (state.params, state.frozen) for leaf in jax.tree.leaves(part)),
+                "params": task.params,
                 "site_params": sum(site.bound.params for site in table.values()),
                 "dense_site_params": sum(site.bound.d_in * site.bound.d_out for site in table.values()),
                 "flops_per_unit": task.flops(),

@@ -10,9 +10,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from structmat.nn import Site, sites
+from structmat.nn import Site, choose_path, sites
 from structmat.structures import StructureError, parse
 
 Batch = Mapping[str, Any]
@@ -77,12 +78,27 @@ class Task:
         """The task with another module of the same interface."""
         return dataclasses.replace(self, model=model)
 
-    def flops(self) -> int:
-        """FLOPs of one forward pass per unit: every product by its structure's algorithm, and attention."""
+    @functools.cached_property
+    def params(self) -> int:
+        """Parameters of the whole model, frozen ones included; indices are not parameters."""
+        shapes = jax.eval_shape(self.model.init, jax.random.key(0), *self.example)
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes) if not jnp.issubdtype(leaf.dtype, jnp.integer))
+
+    def flops(self, executed: bool = False) -> int:
+        """FLOPs of one forward pass per unit: products and attention.
+
+        Args:
+          executed: count each product on the path it takes, not by its structure's algorithm.
+        """
         total = self.other_flops
         for site in self.table.values():
-            tied = site.kind == "embed" and getattr(self.model, "tie", False)
-            total += site.bound.cost(1).flops if site.kind != "embed" or tied else 0
+            if site.kind != "embed" or getattr(self.model, "tie", False):
+                path = choose_path(site.bound, self.units)[0] if executed else "factored"
+                total += (
+                    site.bound.cost(self.units, path=path).flops_executed // self.units
+                    if executed
+                    else site.bound.cost(1).flops
+                )
         return total
 
 

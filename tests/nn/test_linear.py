@@ -63,6 +63,16 @@ def test_gain_zero_starts_at_zero_with_live_gradients():
     assert jnp.abs(grads["L"]).max() > 0
 
 
+@pytest.mark.parametrize("text", ["low_rank(rank=2, train=('a',))", "product(dense(), frozen(dense()), inner=4)"])
+def test_gain_zero_is_put_where_something_trains(text):
+    x = jnp.ones((2, 16))
+    layer = StructuredDense(16, structure=text, gain=0.0, use_bias=False)
+    held = variables(layer, x)
+    assert not layer.apply(held, x).any()
+    grads = jax.grad(lambda p: layer.apply(held | {"params": p}, x).sum())(held["params"])
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) > 0
+
+
 @pytest.mark.parametrize("path", ["factored", "dense"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_paths_agree(path, dtype):
@@ -90,6 +100,8 @@ def test_auto_path_follows_the_break_even():
         ({"path": "fast"}, "path must be one of auto, factored, dense"),
         ({"kind": "attention"}, "kind must be one of"),
         ({"axis": 0}, "must name the last axes"),
+        ({"axis": 5}, "must name the last axes"),
+        ({"structure": "low_rank(rank=2, train=('c',))"}, "train has no leaf 'c'"),
     ],
 )
 def test_bad_arguments_name_the_value(kwargs, message):

@@ -90,3 +90,8 @@ def test_mixed_sums_have_a_dtype():
 def test_refusals(act, message):
     with pytest.raises(StructureError, match=message):
         act(structmat.project(W, "low_rank(rank=3)"))
+
+
+def test_an_integer_matrix_is_projected_in_floats():
+    w = jnp.arange(64).reshape(8, 8)
+    assert float(structmat.project(w, "low_rank(rank=2)").error(w)) < 1e-5

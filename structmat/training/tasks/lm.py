@@ -101,7 +101,7 @@ def load(config: Any) -> Source:
       DataError: missing or malformed data, or token ids beyond model.vocab.
     """
     m = config.model
-    corpus, reference = _corpus(config.data.root, config.data.glob)
+    corpus = _corpus(config.data.root, config.data.glob)
     if corpus.vocab_size > m.vocab:
         raise DataError(f"{corpus.description}: token ids reach {corpus.vocab_size - 1}, but model.vocab={m.vocab}")
     limit = config.eval.batches or None
@@ -111,14 +111,18 @@ def load(config: Any) -> Source:
         heldout=lambda: batches.heldout_batches(corpus.heldout, config.batch, m.context, limit),
         sha256=corpus.sha256,
         description=corpus.description,
-        reference=reference,
+        reference=_reference(corpus, limit * config.batch * m.context + 1 if limit else None),
     )
 
 
 @lru_cache(maxsize=2)
-def _corpus(root: str, glob: str) -> tuple[Corpus, dict[str, float]]:
-    corpus = own.load_tokens(root, glob) if root else bytes_text.load()
+def _corpus(root: str, glob: str) -> Corpus:
+    return own.load_tokens(root, glob) if root else bytes_text.load()
+
+
+def _reference(corpus: Corpus, scored: int | None) -> dict[str, float]:
+    """The byte bigram on the held-out bytes the model is scored on."""
     if corpus.vocab_size > BYTES:
-        return corpus, {}
-    bits = bigram.bigram_bits_per_byte(corpus.train, corpus.heldout, vocab_size=corpus.vocab_size)
-    return corpus, {"byte_bigram": bits}
+        return {}
+    bits = bigram.bigram_bits_per_byte(corpus.train, corpus.heldout[:scored], vocab_size=corpus.vocab_size)
+    return {"byte_bigram": bits}
