@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(notdir $(PYTHON))),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
-export JAX_PLATFORMS ?= cpu
 
 .PHONY: setup demo test test-long bench lint clean
 .DELETE_ON_ERROR:
@@ -30,6 +29,7 @@ demo: $(VENV)/.core  ## train dense and six structures on real text and compare 
 test: $(VENV)/.test  ## the default suite, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
+test test-long: export JAX_PLATFORMS = cpu
 test-long: export XLA_FLAGS ?= --xla_backend_optimization_level=3
 test-long: $(VENV)/.tpu  ## ahead-of-time TPU compiles, several processes, end-to-end runs
 	$(BIN)/python -m pytest -n 1 -m 'tpu_aot or multiprocess or notebooks or torture or long' $(PYTEST_ARGS)

@@ -4,7 +4,7 @@ linear site, and with fewer dense weights (`dense small`).
     make demo
     python -m experiments.compare --config=configs/demo.py --workdir=runs/demo
 
-About ten minutes on 2 CPU cores. The text is the standard library of the running Python.
+Eight to ten minutes on 2 CPU cores. The text is the standard library of the running Python.
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +25,7 @@ def get_config(arg=None):
     if arg:
         raise ValueError(f"configs/demo.py takes no argument, got {arg!r}; name structures with --structure")
     config = defaults.default("lm")
+    config.steps = 1000
     config.eval.batches = 200
     config.compare = ConfigDict(dict(structures=STRUCTURES))
     return config

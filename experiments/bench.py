@@ -22,6 +22,7 @@ if __name__ == "__main__" and sys.platform == "linux" and MALLOC not in os.envir
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from absl import app, flags  # noqa: E402
+from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -130,27 +131,56 @@ def break_even(rows: list[dict]) -> list[dict]:
     return out
 
 
-def show(rows: list[dict], even: list[dict]) -> None:
-    """Print the largest sizes and the break-even table."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    table = Table(
-        "structure", "n", "batch", "direction", "ms", "dense ms", "speed-up", "FLOPs saved", "efficiency", "transposes"
-    )
-    for r in sorted(rows, key=lambda r: (r["direction"], r["batch"], r["n"])):
-        if r["n"] >= 2048 or len({q["n"] for q in rows}) == 1:
-            figures = [
-                f"{r['ms']:.2f}",
-                f"{r['dense_ms']:.2f}",
-                f"{r['speedup']:.2f}",
-                f"{r['flop_reduction']:.1f}",
-                f"{r['efficiency']:.2f}",
-            ]
-            table.add_row(r["label"], str(r["n"]), str(r["batch"]), r["direction"], *figures, str(r["transposes"]))
-    console.print(table)
-    table = Table("structure", "batch", "direction", "never slower than dense from n =")
+def timing_table(rows: list[dict], style: box.Box) -> Table:
+    """Times and efficiencies; of the sizes from 2048 on, or of all if there are none."""
+    names = [
+        "structure",
+        "n",
+        "batch",
+        "direction",
+        "ms",
+        "dense ms",
+        "speed-up",
+        "FLOPs saved",
+        "efficiency",
+        "transposes",
+    ]
+    table = Table(*names, box=style)
+    large = [r for r in rows if r["n"] >= 2048] or rows
+    for r in sorted(large, key=lambda r: (r["direction"], r["batch"], r["n"])):
+        times = [f"{r['ms']:.2f}", f"{r['dense_ms']:.2f}", f"{r['speedup']:.2f}"]
+        saved = [f"{r['flop_reduction']:.1f}", f"{r['efficiency']:.2f}", str(r["transposes"])]
+        table.add_row(r["label"], str(r["n"]), str(r["batch"]), r["direction"], *times, *saved)
+    return table
+
+
+def break_even_table(even: list[dict], style: box.Box) -> Table:
+    """The smallest n from which a structure is never slower than dense."""
+    table = Table("structure", "batch", "direction", "never slower than dense from n =", box=style)
     for e in even:
-        table.add_row(e["case"], str(e["batch"]), e["direction"], str(e["break_even_n"] or "not up to the largest n"))
-    console.print(table)
+        found = str(e["break_even_n"] or "not up to the largest n")
+        table.add_row(e["case"].replace("{n8}", "n/8"), str(e["batch"]), e["direction"], found)
+    return table
+
+
+def report(record: Record, out: Path) -> None:
+    """Print both tables, and write them as Markdown beside the Record."""
+    rows, even = record.metrics["rows"], record.metrics["break_even"]
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(timing_table(rows, box.ROUNDED))
+    console.print(break_even_table(even, box.ROUNDED))
+    with out.with_suffix(".md").open("w") as file:
+        page = Console(file=file, width=200)
+        device, versions = record.device, record.versions
+        page.print(
+            f"# Products beside dense: {out.stem}\n\n{device['cpu']}, {device['cores']} cores, {device['platform']}, jax "
+            f"{versions['jax']}, {record.date}, `{record.command}`. Medians of {record.config['repeats']} calls in turn with "
+            "dense; efficiency is speed-up over FLOPs saved; transposes are those of the compiled program.\n",
+            soft_wrap=True,
+            markup=False,
+        )
+        page.print(timing_table(rows, box.MARKDOWN))
+        page.print(break_even_table(even, box.MARKDOWN))
 
 
 def main(argv: list[str]) -> None:
@@ -171,6 +201,8 @@ def main(argv: list[str]) -> None:
         for case in CASES
         if _ONLY.value in case and (case, n, batch) not in known
     ]
+    if not todo and not done:
+        raise app.UsageError(f"--only={_ONLY.value!r} is in none of: {', '.join(CASES)}")
     start = time.monotonic()
     for i, (case, n, batch) in enumerate(todo):
         if time.monotonic() - start > 60 * _MINUTES.value:
@@ -204,8 +236,8 @@ def main(argv: list[str]) -> None:
             metrics={"rows": done, "break_even": break_even(done)},
         )
         record.write(out)
-    show(done, break_even(done))
-    print(f"written to {out}")
+    report(Record.read(out), out)
+    print(f"written: {out}, {out.with_suffix('.md')}")
 
 
 if __name__ == "__main__":
