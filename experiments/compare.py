@@ -88,7 +88,7 @@ def make_arms(config: ConfigDict, structures: list[str]) -> list[Arm]:
         raise ConfigError("compare.structures", (), "nothing to compare", "--structure='fit(monarch(), params=0.3)' is")
     arms = [_arm("dense", config, structure="dense()")]
     for text in dict.fromkeys(str(Rules.of(text)) for text in structures):
-        if text != "dense()":
+        if text != str(Rules.of("dense()")):
             arms.append(_arm(text if "->" in text else parse(text).short(), config, structure=text))
     small = _small(config, max(arm.params for arm in arms[1:]), arms[0].params) if len(arms) > 1 else None
     arms = arms[:1] + ([small] if small else []) + arms[1:]

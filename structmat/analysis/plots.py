@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 
 def tradeoff(
@@ -24,7 +25,7 @@ def tradeoff(
       metric: (key, axis label).
       reference: (label, value) of a horizontal line.
     """
-    figure = Figure(figsize=(5.2 * len(axes), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(axes), 5.0), layout="constrained")
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     markers = "osD^vP*Xhd<>"
     for panel, (key, label) in zip(panels, axes):
@@ -35,10 +36,14 @@ def tradeoff(
         if reference:
             panel.axhline(reference[1], ls=":", c="gray", label=reference[0])
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel(label)
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel(metric[1])
-    panels[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -44,6 +44,11 @@ def test_arms_share_everything_but_the_weights(config):
     assert same(low.config) == same(dense.config)
 
 
+def test_one_structure_in_two_spellings_is_one_arm(config):
+    arms = make_arms(config, ["low_rank(rank=2)", "low_rank(2)", "dense", "dense()"])
+    assert [a.label for a in arms] == ["dense", SMALL, "low_rank(rank=2)"]
+
+
 def test_no_dense_small_when_nothing_is_saved(config):
     assert [a.label for a in make_arms(config, ["low_rank(rank=16)"])] == ["dense", "low_rank(rank=16)"]
 
