@@ -20,8 +20,8 @@ EFFICIENCY = {
     "random_sparse": 0.05,
     "n_m_sparse": 0.35,
 }
-"""FLOP rate of each family's factored product relative to one dense GEMM, forward and backward, batch 512: the lowest of
-its rows at n = 2048 and 4096 in results/bench/cpu.json, rounded down."""
+"""FLOP rate of each family's factored product relative to one dense GEMM: typical of its rows at n = 2048 and 4096, batch
+512, forward and backward, in results/bench/cpu.json. On other machines the break-even moves; `path` overrides it."""
 
 DEFAULT = 0.3
 
