@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from structmat.structures.base import Bound
 from structmat.structures.composite import Composite
 from structmat.structures.errors import StructureError
-from structmat.structures.leaf import Axes, Leaves, Params, Shape, map_leaves
+from structmat.structures.leaf import Axes, Leaves, Params, Shape, flatten_leaves, map_leaves
 from structmat.structures.recipe import Structure
 from structmat.structures.wrappers import Frozen, Scaled, Transpose
 
@@ -25,8 +25,8 @@ SWEEPS = 20
 class Sum(Composite):
     """`a + b`: W = A + B. Parameters nest under `0`, `1`, ... in text order.
 
-    At initialisation each of k trainable terms gets 1/k of the variance; with a term that does not train the others
-    start at zero, so the sum starts exactly at that term. Terms with `init='paper'` start as their paper says.
+    At initialisation each of k trainable terms gets 1/k of the variance; with a term that does not train, or whose size
+    is fixed, the others start at zero, so the sum starts exactly at that term. Terms with `init='paper'` start as their paper says.
     """
 
     terms: tuple[Structure, ...] = ()
@@ -59,6 +59,10 @@ class BoundSum(Bound):
 
     exact: ClassVar[bool] = False
 
+    @property
+    def is_complex(self) -> bool:
+        return any(t.is_complex for t in self.terms)
+
     def _named(self) -> list[tuple[str, Bound]]:
         return [(str(i), t) for i, t in enumerate(self.terms)]
 
@@ -66,9 +70,9 @@ class BoundSum(Bound):
         return sum(_trains(t) for t in self.terms)
 
     def _gains(self, gain: float) -> list[float]:
-        fixed = any(not _trains(t) for t in self.terms)
-        split = 0.0 if fixed else gain * max(self._trainable(), 1) ** -0.5
-        return [split if _trains(t) and t.structure.init != "paper" else gain for t in self.terms]
+        moves = [_trains(t) and _scales(t) for t in self.terms]
+        split = gain * max(self._trainable(), 1) ** -0.5 if all(moves) else 0.0
+        return [split if m and t.structure.init != "paper" else gain for m, t in zip(moves, self.terms)]
 
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
         k = max(self._trainable(), 1)
@@ -151,9 +155,7 @@ def _alternate(bound: BoundSum, params: dict[str, Any], rest: jax.Array, keys: j
 
 
 def _trains(bound: Bound) -> bool:
-    flags: list[bool] = []
-    map_leaves(lambda leaf: flags.append(leaf.trainable), bound.leaves())
-    return any(flags)
+    return any(leaf.trainable for _, leaf in flatten_leaves(bound.leaves()))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -212,8 +214,13 @@ class BoundProduct(Bound):
         return {"0": self.a.init(ka, dtype, ga), "1": self.b.init(kb, dtype, gb)}
 
     def _gains(self, gain: float) -> tuple[float, float]:
-        """A gain acts on the second factor, or on the first where only that trains."""
-        return (gain, 1.0) if _trains(self.a) and not _trains(self.b) else (1.0, gain)
+        """A gain acts on the second factor, or on the first where only that trains or can be scaled."""
+        first = (_trains(self.a) and not _trains(self.b)) or (_scales(self.a) and not _scales(self.b))
+        return (gain, 1.0) if first else (1.0, gain)
+
+    @property
+    def is_complex(self) -> bool:
+        return self.a.is_complex or self.b.is_complex
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
         return self.b.matmul(params["1"], self.a.matmul(params["0"], x))
@@ -238,7 +245,13 @@ class BoundProduct(Bound):
         return self.a._materialize_flops() + self.b._flops(self.d_in)
 
 
+def _scales(bound: Bound) -> bool:
+    try:
+        bound.leaves(gain=0.5)
+    except StructureError:
+        return False
+    return True
+
+
 def _most_share(leaves: Leaves) -> int:
-    shares: list[int] = []
-    map_leaves(lambda leaf: shares.append(leaf.share), leaves)
-    return max(shares)
+    return max((leaf.share for _, leaf in flatten_leaves(leaves)), default=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ class Bound:
     """Name of the leaf that is linear in the output: scaling it scales the matrix."""
     exact: ClassVar[bool] = True
     """Whether `project` returns the proven optimum."""
+    grams: ClassVar[Literal["none", "diagonal", "full"]] = "none"
+    """The grams with which `project` has a closed form."""
 
     @property
     def d_in(self) -> int:
@@ -45,6 +47,12 @@ class Bound:
     def d_out(self) -> int:
         """Columns of the matrix."""
         return math.prod(self.out_shape)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the matrix has complex entries, and so a real input a complex output."""
+        dtypes = [leaf.dtype for _, leaf in flatten_leaves(self.leaves())]
+        return any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)
 
     def __repr__(self) -> str:
         return f"{self.structure.short()}: {self.in_shape} -> {self.out_shape}"
@@ -74,12 +82,19 @@ class Bound:
             }
         if gain != 1.0:
             name = self._gain_leaf(leaves)
+            if name not in leaves:
+                raise StructureError(
+                    f"{self.structure.short()} has no leaf that scales the matrix, so it cannot start at {gain} times "
+                    f"its size; put one beside it, as in {self.structure.short()} @ diagonal()"
+                )
             leaves[name] = dataclasses.replace(leaves[name], std=leaves[name].std * gain)
         return leaves
 
     def _gain_leaf(self, leaves: Leaves) -> str:
         """The leaf a gain acts on: `last`, or where that is frozen the last trainable one, lest it never leaves zero."""
         trainable = [n for n, leaf in leaves.items() if leaf.trainable and leaf.law != "index"]
+        if not self.last:
+            return ""
         return self.last if self.last in trainable or not trainable else trainable[-1]
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32, gain: float = 1.0) -> dict[str, Any]:
@@ -138,6 +153,8 @@ class Bound:
 
     def rmatmul(self, params: Params, y: jax.Array) -> jax.Array:
         """The transposed product: y `(..., d_out)` -> `(..., d_in)`."""
+        if self.is_complex:
+            y = y.astype(jnp.result_type(y.dtype, jnp.complex64))
         shape = jax.ShapeDtypeStruct((*y.shape[:-1], self.d_in), y.dtype)
         return jax.linear_transpose(lambda x: self.matmul(params, x).astype(y.dtype), shape)(y)[0]
 

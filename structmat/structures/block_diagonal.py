@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.factors import divisors
 from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
@@ -23,6 +24,16 @@ class BlockDiagonal(Structure):
 
     blocks: int | None = None
     name: ClassVar[str] = "block_diagonal"
+    about: ClassVar[About] = About(
+        example="block_diagonal(blocks=8)",
+        formula="b dense blocks on the diagonal",
+        params="n m / b",
+        flops="2 n m / b",
+        nearest="optimal, diagonal grams",
+        sharding="whole blocks; no communication",
+        paper="-",
+        when="grouped features; no mixing between blocks",
+    )
 
     def check(self) -> None:
         self.need(blocks=1)
@@ -46,6 +57,7 @@ def _valid(in_shape: Shape, out_shape: Shape) -> list[int]:
 class BoundBlockDiagonal(Bound):
     """Block diagonal with sizes. Leaf `blocks` (b, d_in/b, d_out/b)."""
 
+    grams: ClassVar[str] = "diagonal"
     last: ClassVar[str] = "blocks"
 
     @property

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.factors import divisors
 from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
@@ -33,6 +34,16 @@ class BlockLowRank(Structure):
     out_blocks: int | None = None
     rank: int | None = None
     name: ClassVar[str] = "block_low_rank"
+    about: ClassVar[About] = About(
+        example="block_low_rank(in_blocks=8, out_blocks=8, rank=2)",
+        formula="k × l slices T[l,k] of rank r",
+        params="r (l n + k m)",
+        flops="2 × parameters",
+        nearest="optimal (SVD per slice), diagonal grams",
+        sharding="over k or l; none column-parallel, one all-reduce row-parallel",
+        paper="Qiu et al. 2024; Dao et al. 2022",
+        when="the common class of Monarch and block tensor train",
+    )
 
     def check(self) -> None:
         self.need(in_blocks=1, out_blocks=1, rank=1)
@@ -61,6 +72,7 @@ class BlockLowRank(Structure):
 class BoundBlockLowRank(Bound):
     """Block low rank with sizes: leaves `R` (k, p, l, r) and `L` (l, k, r, s), both contraction-major."""
 
+    grams: ClassVar[str] = "diagonal"
     in_blocks: int
     out_blocks: int
     rank: int

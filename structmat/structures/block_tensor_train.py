@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.block_low_rank import BoundBlockLowRank, Order
 from structmat.structures.descent import keep_better
@@ -53,6 +54,16 @@ class BlockTensorTrain(Structure):
     cores: int = 2
     order: Order = "paper"
     name: ClassVar[str] = "block_tensor_train"
+    about: ClassVar[About] = About(
+        example="block_tensor_train(rank=2)",
+        formula="√n × √m slices of rank r",
+        params="r (√m n + √n m)",
+        flops="2 × parameters",
+        nearest="optimal (2 cores, diagonal grams), else within √(cores-1)",
+        sharding="as block_low_rank; order='paper' adds an all-to-all",
+        paper="Qiu et al. 2024",
+        when="as Monarch, with a free rank",
+    )
 
     def check(self) -> None:
         self.need(rank=1, cores=2)

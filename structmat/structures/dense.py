@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
 from structmat.structures.recipe import Structure
@@ -18,6 +19,16 @@ class Dense(Structure):
     """`dense()`: W itself. Leaf `kernel` (d_in, d_out). `paper` init is Flax's lecun_normal without truncation."""
 
     name: ClassVar[str] = "dense"
+    about: ClassVar[About] = About(
+        example="dense()",
+        formula="any matrix",
+        params="n m",
+        flops="2 n m",
+        nearest="itself",
+        sharding="both axes; as every dense layer",
+        paper="-",
+        when="the baseline",
+    )
 
     def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundDense:
         return BoundDense(self, in_shape, out_shape)
@@ -27,6 +38,7 @@ class Dense(Structure):
 class BoundDense(Bound):
     """Dense with sizes."""
 
+    grams: ClassVar[str] = "full"
     last: ClassVar[str] = "kernel"
 
     def _leaves(self, in_axes: Axes, out_axes: Axes) -> Leaves:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.errors import StructureError
 from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
@@ -21,6 +22,16 @@ class Diagonal(Structure):
     """`diagonal()`: W = diag(d), d_in = d_out. `paper` init is the identity, where scaling layers start."""
 
     name: ClassVar[str] = "diagonal"
+    about: ClassVar[About] = About(
+        example="diagonal()",
+        formula="diag(w)",
+        params="n",
+        flops="n",
+        nearest="optimal, diagonal grams",
+        sharding="over n",
+        paper="-",
+        when="scaling; in products and sums",
+    )
     square: ClassVar[bool] = True
 
     def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundDiagonal:
@@ -37,6 +48,7 @@ class Diagonal(Structure):
 class BoundDiagonal(Bound):
     """Diagonal with sizes. Leaf `d` (d_in,)."""
 
+    grams: ClassVar[str] = "diagonal"
     last: ClassVar[str] = "d"
 
     def _leaves(self, in_axes: Axes, out_axes: Axes) -> Leaves:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.errors import StructureError
 from structmat.structures.factors import divisors, need_factors
@@ -31,6 +32,16 @@ class Kronecker(Structure):
     in_factors: tuple[int, ...] | None = None
     out_factors: tuple[int, ...] | None = None
     name: ClassVar[str] = "kronecker"
+    about: ClassVar[About] = About(
+        example="kronecker(terms=2)",
+        formula="Σₜ Aₜ ⊗ Bₜ, n = n₁ n₂, m = m₁ m₂",
+        params="t (n₁ m₁ + n₂ m₂)",
+        flops="2 t × the cheaper order",
+        nearest="optimal (Van Loan-Pitsianis)",
+        sharding="A over n and m, B whole",
+        paper="Van Loan and Pitsianis 1993; Edalati et al. 2022",
+        when="extreme compression; shares parameters",
+    )
 
     def check(self) -> None:
         self.need(terms=1)

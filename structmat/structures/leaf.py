@@ -70,7 +70,8 @@ class Cost:
     Attributes:
       params: stored real numbers (a complex entry is two); indices are not parameters.
       bits: stored bits, indices, masks and scales included.
-      flops: floating point operations of the structure's own algorithm, 2 per multiply-add.
+      flops: floating point operations of the structure's own algorithm, 2 per multiply-add; a complex FFT of length N
+        counts 5 N log2 N and a real one half of it, the usual convention.
       flops_executed: the same for the path taken (`dense` materialises first).
       bytes: memory traffic of a product that reads weights and input once and writes the output once.
     """

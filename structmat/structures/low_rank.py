@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
 from structmat.structures.linalg import balanced_split, gram_roots, scale_columns, scale_rows
@@ -24,6 +25,16 @@ class LowRank(Structure):
 
     rank: int | None = None
     name: ClassVar[str] = "low_rank"
+    about: ClassVar[About] = About(
+        example="low_rank(rank=8)",
+        formula="A B, A (n, r), B (r, m)",
+        params="r (n + m)",
+        flops="2 r (n + m)",
+        nearest="optimal (SVD), any gram",
+        sharding="A over n, B over m; all-reduce over r only",
+        paper="Eckart and Young 1936",
+        when="adapters, smooth spectra; fastest per FLOP",
+    )
 
     def check(self) -> None:
         self.need(rank=1)
@@ -47,6 +58,7 @@ def _full(in_shape: Shape, out_shape: Shape) -> int:
 class BoundLowRank(Bound):
     """Low rank with sizes. Leaves `a` (r, d_in), `b` (r, d_out), the layout narrow factors want on TPU."""
 
+    grams: ClassVar[str] = "full"
     last: ClassVar[str] = "b"
 
     def _leaves(self, in_axes: Axes, out_axes: Axes) -> Leaves:

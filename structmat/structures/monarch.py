@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import ClassVar
 
+from structmat.structures.about import About
 from structmat.structures.block_low_rank import BoundBlockLowRank, Order
 from structmat.structures.leaf import Shape
 from structmat.structures.recipe import Structure
@@ -22,6 +23,16 @@ class Monarch(Structure):
     blocks: int | None = None
     order: Order = "paper"
     name: ClassVar[str] = "monarch"
+    about: ClassVar[About] = About(
+        example="monarch(blocks=4)",
+        formula="P L Pᵀ R, slices of rank min(n, m) / b²",
+        params="min(n, m) (n + m) / b",
+        flops="2 × parameters",
+        nearest="optimal (SVD per slice), diagonal grams",
+        sharding="as block_low_rank; order='paper' adds an all-to-all",
+        paper="Dao et al. 2022",
+        when="full rank at a fraction of the FLOPs",
+    )
 
     def check(self) -> None:
         self.need(blocks=1)

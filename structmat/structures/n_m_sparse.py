@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.errors import StructureError
 from structmat.structures.factors import divisors
@@ -30,6 +31,16 @@ class NMSparse(Structure):
     m: int | None = None
     axis: Literal["in", "out"] = "in"
     name: ClassVar[str] = "n_m_sparse"
+    about: ClassVar[About] = About(
+        example="n_m_sparse(n=2, m=4)",
+        formula="N of every M consecutive entries",
+        params="n m N/M, and as many int32",
+        flops="2 n m N/M, executed dense",
+        nearest="optimal (magnitude), diagonal grams",
+        sharding="whole groups over both axes",
+        paper="Zhou et al. 2021",
+        when="what sparse tensor cores read",
+    )
 
     def check(self) -> None:
         self.need(n=1, m=1)
@@ -63,6 +74,7 @@ class BoundNMSparse(Bound):
     comparison per entry, rebuilt in the backward pass rather than kept) and `cost().flops_executed` is the dense count.
     """
 
+    grams: ClassVar[str] = "diagonal"
     last: ClassVar[str] = "values"
 
     @property

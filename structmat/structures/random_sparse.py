@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from structmat.structures.about import About
 from structmat.structures.base import Bound, rows_of
 from structmat.structures.errors import StructureError
 from structmat.structures.leaf import Axes, Leaf, Leaves, Params, Shape, first_axis
@@ -34,6 +35,16 @@ class RandomSparse(Structure):
     density: float | None = None
     select: Literal["random", "magnitude"] = "random"
     name: ClassVar[str] = "random_sparse"
+    about: ClassVar[About] = About(
+        example="random_sparse(density=0.25)",
+        formula="d n entries in every column",
+        params="d n m, and as many int32 rows",
+        flops="2 d n m",
+        nearest="optimal on its support, select='magnitude' of all; diagonal grams",
+        sharding="over m; no communication column-parallel",
+        paper="Han et al. 2024 (SLTrain)",
+        when="the tail a low-rank term misses",
+    )
 
     def check(self) -> None:
         if self.density is not None and not 0 < self.density <= 1:
@@ -73,6 +84,7 @@ def draw_rows(key: jax.Array, columns: int, size: int, count: int) -> jax.Array:
 class BoundRandomSparse(Bound):
     """Random sparse with sizes. Leaves `values` (d_out, k) and the frozen int32 `rows` (d_out, k), ascending per column."""
 
+    grams: ClassVar[str] = "diagonal"
     last: ClassVar[str] = "values"
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.leaf import Axes, Leaf, Leaves, Params, Shape, first_axis
 from structmat.structures.linalg import gram_roots, scale_columns, scale_rows, svd_of_product, truncated_svd
@@ -24,6 +25,16 @@ class Spectral(Structure):
 
     rank: int | None = None
     name: ClassVar[str] = "spectral"
+    about: ClassVar[About] = About(
+        example="spectral(rank=8)",
+        formula="U diag(s) Vᵀ",
+        params="r (n + m + 1)",
+        flops="2 r (n + m) + r",
+        nearest="optimal (SVD), any gram",
+        sharding="as low_rank",
+        paper="Sun et al. 2024 (SVFit); Zhao et al. 2024 (SST)",
+        when="training or pruning singular values",
+    )
 
     def check(self) -> None:
         self.need(rank=1)
@@ -45,6 +56,8 @@ class Spectral(Structure):
 @dataclasses.dataclass(frozen=True, repr=False)
 class BoundSpectral(Bound):
     """Spectral with sizes. Leaves `u` (r, d_in), `s` (r,), `v` (r, d_out)."""
+
+    grams: ClassVar[str] = "full"
 
     @property
     def last(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.descent import keep_better
 from structmat.structures.factors import need_factors
@@ -28,6 +29,16 @@ class TensorTrain(Structure):
     rank: int | None = None
     cores: int = 2
     name: ClassVar[str] = "tensor_train"
+    about: ClassVar[About] = About(
+        example="tensor_train(rank=4, cores=3)",
+        formula="chain of c cores (r, nₖ, mₖ, r)",
+        params="Σ rₖ₋₁ nₖ mₖ rₖ",
+        flops="Σ of core products",
+        nearest="optimal (2 cores), else within √(c-1) (TT-SVD)",
+        sharding="first core over n and m, the others whole",
+        paper="Oseledets 2011; Novikov et al. 2015",
+        when="extreme compression of large matrices",
+    )
 
     def check(self) -> None:
         self.need(rank=1, cores=2)

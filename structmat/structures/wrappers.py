@@ -26,6 +26,14 @@ class Wrapper(Bound):
     def exact(self) -> bool:
         return self.inner.exact
 
+    @property
+    def grams(self) -> str:
+        return self.inner.grams
+
+    @property
+    def is_complex(self) -> bool:
+        return self.inner.is_complex
+
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
         return self.inner.leaves(in_axes, out_axes, gain)
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 
 def count_flops(fn: Callable[..., Any], *args: Any) -> int:
-    """FLOPs of `fn(*args)`: 2 per multiply-add of a `dot_general`, 1 per entry of a product of two arrays.
+    """FLOPs of `fn(*args)`: 2 per multiply-add of a `dot_general`, 1 per entry of a product of two arrays, 5 N log2 N per
+    complex FFT of length N and half of it per real one.
 
     Additions and multiplications by a scalar are left out, as in `Cost`. A scan counts its body `length` times; a
     `while`, whose length is unknown, and convolutions are refused.
@@ -30,9 +31,20 @@ def _count(jaxpr: Any) -> int:
             total += 2 * math.prod(out.shape) * math.prod(eqn.invars[0].aval.shape[d] for d in contract)
         elif name == "mul" and jnp.issubdtype(out.dtype, jnp.inexact) and all(v.aval.shape for v in eqn.invars):
             total += math.prod(out.shape)
+        elif name == "fft":
+            total += _fft(eqn)
         times = eqn.params.get("length", 1) if name == "scan" else 1
         total += times * sum(_count(inner) for inner in _inner(eqn.params))
     return total
+
+
+def _fft(eqn: Any) -> int:
+    lengths, kind = eqn.params["fft_lengths"], str(eqn.params["fft_type"])
+    size = math.prod(lengths)
+    whole = eqn.outvars[0].aval if "IRFFT" in kind else eqn.invars[0].aval
+    transforms = math.prod(whole.shape) // size
+    per = 5 * size * math.log2(size) / (2 if "RFFT" in kind else 1)
+    return round(transforms * per)
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:
