@@ -74,7 +74,7 @@ def draw_rows(key: jax.Array, columns: int, size: int, count: int) -> jax.Array:
     """
 
     def column(o: jax.Array) -> jax.Array:
-        bits = jax.random.bits(jax.random.fold_in(key, o), (size,))
+        bits = jax.random.bits(jax.random.fold_in(key, o), (size,), jnp.uint32)
         return jnp.sort(lax.top_k(bits, count)[1])
 
     return jax.vmap(column)(jnp.arange(columns)).astype(jnp.int32)

@@ -275,3 +275,10 @@ def test_index_leaves_do_not_train():
     for text in ("random_sparse(density=0.2)", "n_m_sparse(1, 2)"):
         flags = map_leaves(lambda leaf: (leaf.trainable, leaf.decay), bind(text, 20, 10).leaves())
         assert flags.pop("values") == (True, True) and set(flags.values()) == {(False, False)}
+
+
+def test_support_does_not_depend_on_the_precision_switch():
+    bound, key = structmat.parse("random_sparse(density=0.25)").bind(24, 6), jax.random.key(0)
+    narrow = np.asarray(bound.init(key)["rows"])
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(bound.init(key)["rows"], narrow)
