@@ -24,6 +24,7 @@ _MODULES = (
     "tensor_train",
     "random_sparse",
     "n_m_sparse",
+    "einsum",
 )
 
 
