@@ -63,6 +63,7 @@ class StructuredDenseGeneral(nn.Module):
             raise StructureError(f"axis={self.axis} must name the last axes of an input of shape {x.shape}")
         in_shape = x.shape[axes[0] :]
         bound = parse(self.structure).bind(in_shape, features)
+        check_field(bound, self.dtype)
         record(self.path_names, bound, self.kind, self.in_axes, self.out_axes)
         params = declare(self, bound, self.in_axes, self.out_axes, self.param_dtype, self.gain)
         dtype = compute_dtype(self.dtype, x, params)
@@ -82,6 +83,15 @@ class StructuredDenseGeneral(nn.Module):
     def path_names(self) -> tuple[str, ...]:
         """Names from the root module to this one."""
         return self.scope.path
+
+
+def check_field(bound: Bound, dtype: Any) -> None:
+    """Refuse a complex matrix in a real module, where it would turn every later activation complex."""
+    if bound.is_complex and (dtype is None or not jnp.issubdtype(dtype, jnp.complexfloating)):
+        raise StructureError(
+            f"{bound.structure.short()} is complex: give the module dtype=jnp.complex64 and take what you need of its "
+            f"output (y.real), or use a real transform such as dct() or hadamard(); got dtype={dtype}"
+        )
 
 
 class StructuredDense(StructuredDenseGeneral):
@@ -115,6 +125,7 @@ class StructuredEmbed(nn.Module):
 
     def setup(self) -> None:
         self.bound = parse(self.structure).bind(self.num_embeddings, self.features)
+        check_field(self.bound, self.dtype)
         record(self.scope.path, self.bound, "embed", self.in_axes, self.out_axes)
         self.table = declare(self, self.bound, self.in_axes, self.out_axes, self.param_dtype, rescale=embed_scale)
 

@@ -29,30 +29,22 @@ from structmat.training.step import make_step
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SIZE = 64
-TEXTS = {
-    "dense": "dense()",
-    "low_rank": "low_rank(rank=8)",
-    "spectral": "spectral(rank=8)",
-    "diagonal": "diagonal()",
-    "block_diagonal": "block_diagonal(blocks=8)",
-    "block_low_rank": "block_low_rank(in_blocks=8, out_blocks=8, rank=2)",
-    "monarch": "monarch(blocks=8)",
-    "block_tensor_train": "block_tensor_train(rank=2)",
-    "kronecker": "kronecker(terms=2)",
-    "tensor_train": "tensor_train(rank=4)",
-    "random_sparse": "random_sparse(density=0.25)",
-    "n_m_sparse": "n_m_sparse(n=2, m=4)",
-}
+TEXTS = {name: family.about.example for name, family in FAMILIES.items()}
 SHARES = {
     "low_rank": 0.5,
     "spectral": 0.5,
     "diagonal": 0.5,
     "block_diagonal": 0.5,
+    "block_low_rank": 0.25,
+    "monarch": 0.25,
+    "block_tensor_train": 0.25,
     "kronecker": 0.6,
     "tensor_train": 0.61,
     "random_sparse": 0.5,
+    "n_m_sparse": 0.25,
+    "dense": 0.25,
 }
-"""Part of the bytes a device holds on a 2x2x2 mesh; a quarter where not listed, all axes being sharded."""
+"""Part of the bytes a device holds on a 2x2x2 mesh. Where not listed, what the declared axes of the leaves promise."""
 SUM = "low_rank(rank=4) + scaled(transpose(block_low_rank(in_blocks=4, out_blocks=4, rank=2)), 0.5) + frozen(dense())"
 FEW = ((2, 2, 2), (1, 1, 8))
 MANY = ((8, 1, 1), (4, 2, 1), (1, 8, 1))
@@ -65,10 +57,12 @@ class FFN(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        field = jnp.complex64 if parse(self.structure).bind(SIZE, SIZE).is_complex else None
         layer = lambda name, a, b: StructuredDense(
-            SIZE, self.structure, in_axes=a, out_axes=b, name=name, path="factored"
+            SIZE, self.structure, in_axes=a, out_axes=b, name=name, path="factored", dtype=field
         )
-        return layer("down", "mlp", "embed")(nn.gelu(layer("up", "embed", "mlp")(x)))
+        hidden = nn.gelu(layer("up", "embed", "mlp")(x).real)
+        return layer("down", "mlp", "embed")(hidden).real
 
 
 def mesh_of(shape):
@@ -84,7 +78,7 @@ def run(model, start, batch, shape, steps=2):
     def step(variables, batch):
         loss = lambda p: jnp.mean((model.apply({**variables, "params": p}, batch["x"]) - batch["y"]) ** 2)
         value, grads = jax.value_and_grad(loss)(variables["params"])
-        new = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)
+        new = jax.tree.map(lambda p, g: p - 0.1 * g.conj(), variables["params"], grads)
         return {**variables, "params": new}, (value, grads)
 
     state, sharded = jax.device_put(start, places), shard_batch(mesh, batch)
@@ -117,10 +111,6 @@ def agree(structure, meshes):
             assert error < 1e-5, (shape, jax.tree_util.keystr(path), error)
 
 
-def test_every_family_has_a_case():
-    assert set(FAMILIES) <= set(TEXTS)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_agrees_with_one_device(name):
     agree(TEXTS[name], FEW)
@@ -144,8 +134,18 @@ def test_sharded_initialisation_draws_the_same(name):
 def test_nothing_is_replicated_that_need_not_be(name):
     boxed = jax.eval_shape(FFN(TEXTS[name]).init, jax.random.key(0), jnp.zeros((1, SIZE)))
     leaves = plan(boxed, shardings(mesh_of((2, 2, 2)), boxed))
+    if not leaves:
+        assert not parse(TEXTS[name]).bind(SIZE, SIZE).leaves()
+        return
     share = bytes_per_device(leaves) / sum(leaf.bytes for leaf in leaves)
-    assert share == pytest.approx(SHARES.get(name, 0.25), abs=0.02)
+    assert share == pytest.approx(SHARES.get(name, promised(TEXTS[name])), abs=0.02)
+
+
+def promised(text):
+    """Part of the bytes left on a device if every leaf is halved once for each site axis it names."""
+    leaves = [leaf for _, leaf in flatten_leaves(parse(text).bind(SIZE, SIZE).leaves("embed", "mlp"))]
+    held = sum(leaf.bits() / 2 ** len({"embed", "mlp"} & set(leaf.axes)) for leaf in leaves)
+    return held / sum(leaf.bits() for leaf in leaves)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
