@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from structmat.structures.algebra import BoundSum, Sum
+from structmat.structures.algebra import BoundProduct, BoundSum, Product, Sum
 from structmat.structures.base import Bound
+from structmat.structures.display import LeafSummary, summarize, to_html
 from structmat.structures.errors import StructureError
 from structmat.structures.leaf import Cost
 from structmat.structures.recipe import Structure
 from structmat.structures.text import parse
+from structmat.structures.wrappers import BoundScaled, Scaled
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Matrix:
-    """A pytree of parameters with a static Bound: `x @ W`, `W.T`, `W + V`, `W.materialize()`.
+    """A pytree of parameters with a static Bound.
+
+    Vectors are rows, as in a layer: `x @ W` is `(..., d_in)` -> `(..., d_out)`. `W @ V`, `W + V`, `W - V`, `2.0 * W`,
+    `W / 2.0`, `-W` and `W.T` are Matrices again, over the same arrays.
 
     Attributes:
       bound: the structure with sizes.
@@ -38,8 +45,9 @@ class Matrix:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of the floating parameters."""
-        return jnp.result_type(*(p for p in jax.tree.leaves(self.params) if not jnp.issubdtype(p.dtype, jnp.integer)))
+        """Dtype of the floating parameters; of the materialised matrix where there are none (a permutation, say)."""
+        free = [p for p in jax.tree.leaves(self.params) if jnp.issubdtype(p.dtype, jnp.inexact)]
+        return jnp.result_type(*free) if free else jax.eval_shape(self.bound.materialize, self.params).dtype
 
     @property
     def structure(self) -> Structure:
@@ -55,6 +63,11 @@ class Matrix:
     def cost(self) -> Cost:
         """Cost of one product with a single row."""
         return self.bound.cost(1, self.dtype)
+
+    @property
+    def leaves(self) -> dict[str, LeafSummary]:
+        """Slash path -> shape, dtype, trainable, rms of every array."""
+        return summarize(self.bound.leaves(), self.params)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
@@ -80,6 +93,39 @@ class Matrix:
         bound = BoundSum(structure, self.bound.in_shape, self.bound.out_shape, tuple(terms))
         return Matrix(bound, {str(i): p for i, p in enumerate(params)})
 
+    def __matmul__(self, other: Matrix) -> Matrix:
+        if not isinstance(other, Matrix):
+            raise StructureError(
+                f"W @ an array of shape {jnp.shape(other)}: rows come first here, write x @ W.T; "
+                "W @ V multiplies two Matrices"
+            )
+        if self.shape[1] != other.shape[0]:
+            raise StructureError(f"cannot multiply matrices of shapes {self.shape} and {other.shape}")
+        structure = Product(self.structure, other.structure, inner=self.shape[1])
+        bound = BoundProduct(structure, self.bound.in_shape, other.bound.out_shape, self.bound, other.bound)
+        return Matrix(bound, {"0": self.params, "1": other.params})
+
+    def __mul__(self, s: float) -> Matrix:
+        number = _static_number(s)
+        bound = self.bound
+        if isinstance(bound, BoundScaled):
+            number, bound = number * bound.structure.s, bound.inner
+        if number == 1.0:
+            return Matrix(bound, self.params)
+        structure = Scaled(bound.structure, number)
+        return Matrix(BoundScaled(structure, bound.in_shape, bound.out_shape, bound), self.params)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, s: float) -> Matrix:
+        return self * (1 / _static_number(s))
+
+    def __neg__(self) -> Matrix:
+        return self * -1.0
+
+    def __sub__(self, other: Matrix) -> Matrix:
+        return self + -other if isinstance(other, Matrix) else NotImplemented
+
     def materialize(self) -> jax.Array:
         """The dense (d_in, d_out) array."""
         return self.bound.materialize(self.params)
@@ -89,9 +135,18 @@ class Matrix:
         self.bound.check_dense(dense)
         return jnp.linalg.norm(dense - self.materialize()) / jnp.linalg.norm(dense)
 
+    def spectrum(self) -> jax.Array:
+        """Singular values of the materialised matrix, descending."""
+        return jnp.linalg.svd(self.materialize(), compute_uv=False)
+
     def __repr__(self) -> str:
-        share = self.cost.params / (self.shape[0] * self.shape[1])
-        return f"Matrix({self.structure.short()}, shape={self.shape}, dtype={self.dtype}, params={share:.1%} of dense)"
+        cost, entries = self.cost, self.shape[0] * self.shape[1]
+        bits = cost.bits / (entries * self.dtype.itemsize * 8)
+        share = f"params={cost.params / entries:.1%}, bits={bits:.1%} of dense"
+        return f"Matrix({self.structure.short()}, shape={self.shape}, dtype={self.dtype}, {share})"
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
 
 def project(dense: jax.Array, structure: str | Structure, **kwargs: Any) -> Matrix:
@@ -111,3 +166,12 @@ def random(
     """A Matrix drawn from the structure's initialisation."""
     bound = parse(structure).bind(in_shape, out_shape)
     return Matrix(bound, bound.init(key, dtype))
+
+
+def _static_number(s: Any) -> float:
+    """A real number known now, as a Python float: the factor is part of the structure, not a parameter."""
+    known = isinstance(s, numbers.Real | np.ndarray | jax.Array) and not isinstance(s, jax.core.Tracer)
+    if not known or isinstance(s, bool) or jnp.ndim(s) or not jnp.isrealobj(s) or not np.isfinite(float(s)):
+        what = f"shape {jnp.shape(s)}" if jnp.ndim(s) else repr(s)
+        raise StructureError(f"a Matrix is scaled by one real number known before tracing, got {what}")
+    return float(s)
