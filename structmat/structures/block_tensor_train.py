@@ -40,7 +40,7 @@ def cut_ranks(ins: Shape, outs: Shape) -> list[int]:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BlockTensorTrain(Structure):
-    """`block_tensor_train(rank, cores=2)`: no sharing, so FLOPs per row are twice the parameters.
+    """`block_tensor_train(rank, cores=2, order='paper')`: no sharing, so FLOPs per row are twice the parameters.
 
     Square d, two cores: 2 rank d^1.5 parameters; rank sqrt(d) is every matrix. Two cores resolve to the block-low-rank
     class (leaves R and L) with the largest divisor <= sqrt(d) of each side as its blocks; a prime side is one block.

@@ -14,7 +14,7 @@ from structmat.structures.recipe import Structure
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Monarch(Structure):
-    """`monarch(blocks)`: `blocks` blocks in both factors; every slice has rank min(d_in, d_out) / blocks^2.
+    """`monarch(blocks, order='paper')`: `blocks` blocks in both factors; every slice has rank min(d_in, d_out) / blocks^2.
 
     The rectangular width rule is the reference code's: first factor (b, min(in, out)/b, in/b), second
     (b, out/b, min(in, out)/b). Parameters min(in, out) (in + out) / blocks. Resolves to the block-low-rank class.

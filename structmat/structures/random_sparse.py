@@ -25,7 +25,7 @@ from structmat.structures.sparse_products import gather_product, scatter_product
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RandomSparse(Structure):
-    """`random_sparse(density)`: k = round(density d_in) entries in each column.
+    """`random_sparse(density, select='random')`: k = round(density d_in) entries in each column.
 
     `select` is how `project` chooses the support: `random` draws it from its key (or keeps that of `like`),
     `magnitude` takes the k largest entries of each column. Initialisation draws it at random in both cases. `paper`
