@@ -29,7 +29,7 @@ from rich.table import Table  # noqa: E402
 from structmat.analysis.timing import interleaved, median_ratio, op_counts  # noqa: E402
 from structmat.nn.leaves import split  # noqa: E402
 from structmat.nn.sites import merge  # noqa: E402
-from structmat.structures import StructureError, parse  # noqa: E402
+from structmat.structures import FAMILIES, StructureError, parse  # noqa: E402
 from structmat.training.record import Record  # noqa: E402
 
 SUITES = {
@@ -38,7 +38,7 @@ SUITES = {
 }
 """Named sets of sizes; `quick` is a smoke test of the command."""
 
-CASES = [
+CHOSEN = [
     "low_rank(rank={n8})",
     "spectral(rank={n8})",
     "monarch(blocks=4)",
@@ -55,6 +55,12 @@ CASES = [
     "n_m_sparse(n=2, m=4)",
     "low_rank(rank={n8}) + random_sparse(density=0.03)",
 ]
+CASES = CHOSEN + [
+    family.about.example
+    for name, family in FAMILIES.items()
+    if name != "dense" and not any(c.startswith(f"{name}(") for c in CHOSEN)
+]
+"""What is timed: the chosen sizes, and of every other family its own example."""
 
 _SUITE = flags.DEFINE_enum("suite", "cpu", sorted(SUITES), "which sizes")
 _OUT = flags.DEFINE_string("out", "", "Record JSON to write; default results/bench/<suite>.json")
@@ -93,7 +99,7 @@ def measure(text: str, n: int, batch: int, repeats: int, dtype) -> list[dict]:
     rows = []
     for direction, index in (("forward", 2), ("forward+backward", 3)):
         pair = [dense[index], ours[index]]
-        args = [(dense[1], x, g), (ours[1], x, g)]
+        args = [(dense[1], x, g), (ours[1], x, g.astype(jnp.complex64) if ours[0].is_complex else g)]
         base, times = interleaved(pair, args, repeats)
         counts = op_counts(ours[index].lower(*args[1]).compile())
         speedup = 1 / median_ratio(times, base)
