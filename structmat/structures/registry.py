@@ -24,7 +24,13 @@ _MODULES = (
     "tensor_train",
     "random_sparse",
     "n_m_sparse",
+    "dictionary",
     "einsum",
+    "fourier",
+    "dct",
+    "hadamard",
+    "toeplitz",
+    "circulant",
 )
 
 

@@ -311,12 +311,12 @@ def test_train_names_what_trains(case):
         return
     free = [
         n
-        for n, leaf in flatten_leaves(dataclasses.replace(structure, train=None).bind(*case[1:]).leaves())
+        for n, leaf in flatten_leaves(dataclasses.replace(structure, train=None).bind(*case[1:3]).leaves())
         if leaf.trainable
     ]
     for chosen in [(), *((n,) for n in free), tuple(free)]:
-        leaves = dataclasses.replace(structure, train=chosen).bind(*case[1:]).leaves()
+        leaves = dataclasses.replace(structure, train=chosen).bind(*case[1:3]).leaves()
         assert {n for n, leaf in leaves.items() if leaf.trainable} == set(chosen)
         assert all(leaf.share == max(len(chosen), 1) for leaf in leaves.values())
     with pytest.raises(structmat.StructureError, match="train has no leaf 'nothing'"):
-        dataclasses.replace(structure, train=("nothing",)).bind(*case[1:]).leaves()
+        dataclasses.replace(structure, train=("nothing",)).bind(*case[1:3]).leaves()

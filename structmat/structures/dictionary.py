@@ -1,0 +1,190 @@
+"""Dictionary: W = D Z with a dense dictionary D and a sparse code Z, the same number of entries in every column.
+
+Low rank puts all columns into one subspace; here each column picks its own few atoms, a union of subspaces (CoSpaDi, arXiv
+2509.22075; COMPOT, arXiv 2602.15200; ROCKET, arXiv 2602.11008).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from structmat.structures.about import About
+from structmat.structures.base import Bound, rows_of
+from structmat.structures.descent import keep_better
+from structmat.structures.errors import StructureError
+from structmat.structures.leaf import Axes, Leaf, Leaves, Params, Shape, first_axis
+from structmat.structures.linalg import diagonal_roots, gram_roots, scale_columns, scale_rows, working_dtype
+from structmat.structures.random_sparse import draw_rows
+from structmat.structures.recipe import Structure
+from structmat.structures.sparse_coding import (
+    better,
+    dense_code,
+    fit_of,
+    ksvd_rounds,
+    orthonormal_rounds,
+    sort_code,
+    spectral_start,
+)
+from structmat.structures.sparse_products import gather_product, scatter_product
+
+RATIO = 2
+"""atoms / nonzeros of the members `fit` considers when both are free: the default of CoSpaDi and COMPOT."""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Dictionary(Structure):
+    """`dictionary(atoms, nonzeros)`: D (d_in, atoms) dense, Z (atoms, d_out) with `nonzeros` entries in each column.
+
+    Parameters atoms d_in + nonzeros d_out, and as many int32 indices as the code has values. More atoms than d_in
+    (overcomplete) are allowed; more than d_out could hold every column as it is. `fit` with both arguments left out
+    keeps atoms = 2 nonzeros, with one it varies the other.
+    """
+
+    atoms: int | None = None
+    nonzeros: int | None = None
+    name: ClassVar[str] = "dictionary"
+    about: ClassVar[About] = About(
+        example="dictionary(atoms=16, nonzeros=8)",
+        formula="D Z, Z with s entries per column",
+        params="k n + s m, and s m int32",
+        flops="2 (k n + s m)",
+        nearest="heuristic: K-SVD, monotone; full in_gram, diagonal out_gram",
+        sharding="over m, D whole; no communication column-parallel",
+        paper="CoSpaDi 2025, COMPOT 2026",
+        when="columns in a union of subspaces: compression",
+    )
+
+    def check(self) -> None:
+        self.need(atoms=1, nonzeros=1)
+
+    def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundDictionary:
+        self.required("atoms", "nonzeros")
+        self.choose("atoms", list(range(1, math.prod(out_shape) + 1)), in_shape, out_shape)
+        self.choose("nonzeros", list(range(1, min(self.atoms, math.prod(in_shape)) + 1)), in_shape, out_shape)
+        return BoundDictionary(self, in_shape, out_shape)
+
+    def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:
+        d_in, d_out = math.prod(in_shape), math.prod(out_shape)
+        if self.atoms is not None and self.nonzeros is not None:
+            return []
+        if self.atoms is not None:
+            pairs = [(self.atoms, s) for s in range(1, min(self.atoms, d_in) + 1)]
+        elif self.nonzeros is not None:
+            pairs = [(k, self.nonzeros) for k in range(self.nonzeros, d_out + 1)]
+        else:
+            pairs = [(RATIO * s, s) for s in range(1, min(d_in, d_out // RATIO) + 1)]
+        return [dataclasses.replace(self, atoms=k, nonzeros=s) for k, s in pairs]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class BoundDictionary(Bound):
+    """Dictionary with sizes. Leaves `dictionary` (d_in, atoms), `values` (d_out, s), the frozen int32 `rows` (d_out, s),
+    ascending per column."""
+
+    last: ClassVar[str] = "values"
+    exact: ClassVar[bool] = False
+    grams: ClassVar[str] = "diagonal"
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """(atoms, nonzeros)."""
+        return self.structure.atoms, self.structure.nonzeros
+
+    def _leaves(self, in_axes: Axes, out_axes: Axes) -> Leaves:
+        k, s = self._sizes
+        axes = (first_axis(out_axes), None)
+        reach = max(1, round(self.d_out * s / k))
+        return {
+            "dictionary": self.factor((self.d_in, k), (first_axis(in_axes), "rank"), self.d_in, k, share=2),
+            "values": self.factor((self.d_out, s), axes, s, reach, share=2, embed_fan=s),
+            "rows": Leaf((self.d_out, s), axes, 1, 1, 1.0, law="index", dtype=jnp.int32, trainable=False, decay=False),
+        }
+
+    def _sample(self, name: str, leaf: Leaf, key: jax.Array, dtype: Any) -> jax.Array:
+        if name == "rows":
+            return draw_rows(key, self.d_out, *self._sizes)
+        return super()._sample(name, leaf, key, dtype)
+
+    def _decode(self, params: Params, h: jax.Array) -> jax.Array:
+        """h (..., atoms) -> h @ Z (..., d_out)."""
+        y = gather_product(h.reshape(rows_of(h), -1), params["values"], params["rows"])
+        return y.reshape(*h.shape[:-1], self.d_out)
+
+    def matmul(self, params: Params, x: jax.Array) -> jax.Array:
+        return self._decode(params, x @ params["dictionary"])
+
+    def rmatmul(self, params: Params, y: jax.Array) -> jax.Array:
+        flat = y.reshape(rows_of(y), self.d_out)
+        h = scatter_product(flat, params["values"], params["rows"], self.structure.atoms)
+        return h.reshape(*y.shape[:-1], -1) @ params["dictionary"].T
+
+    def take(self, params: Params, ids: jax.Array) -> jax.Array:
+        return self._decode(params, jnp.take(params["dictionary"], ids, axis=0))
+
+    def materialize(self, params: Params) -> jax.Array:
+        return params["dictionary"] @ dense_code((params["values"], params["rows"]), self.structure.atoms)
+
+    def project(
+        self,
+        w: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        like: Params | None = None,
+        in_gram: jax.Array | None = None,
+        out_gram: jax.Array | None = None,
+    ) -> dict[str, Any]:
+        """K-SVD with orthogonal matching pursuit, from the best of `like` and the spectral start.
+
+        The start is the truncated SVD with its coefficients thresholded, improved by COMPOT's alternation where atoms <=
+        d_in, and completed by columns of w where atoms > d_in. Every step is kept only if it lowers the error, so the
+        result is no worse than `like`, nor than the thresholded SVD, and for nonzeros = atoms it is the best matrix of
+        that rank; otherwise no optimum is proven (the problem is NP-hard).
+
+        Grams are exact changes of variables: D is free, so any in_gram acts on it by its root, and a diagonal out_gram
+        scales columns, which are coded one by one. Atoms have unit norm in the weighted space, their largest entry
+        positive.
+
+        Raises:
+          StructureError: a full out_gram, or a complex matrix.
+        """
+        self.check_dense(w)
+        if jnp.iscomplexobj(w):
+            raise StructureError("dictionary: cannot project a complex matrix; project its real and imaginary parts")
+        lr, li = (None, None) if in_gram is None else gram_roots(in_gram, self.d_in, "in_gram")
+        rr, ri = (None, None) if out_gram is None else diagonal_roots(out_gram, self.d_out, "out_gram", "dictionary")
+        wide = working_dtype(w)
+        t = scale_columns(scale_rows(lr, w.astype(wide)), rr)
+        old = None
+        if like is not None:
+            d, values = scale_rows(lr, like["dictionary"].astype(wide)), like["values"].astype(wide)
+            old = d, (values if rr is None else values * rr[:, None], like["rows"])
+        d, values, rows = _solve(t, *self._sizes, old)
+        values = values if ri is None else values * ri[:, None]
+        new = {"dictionary": scale_rows(li, d).astype(w.dtype), "values": values.astype(w.dtype), "rows": rows}
+        return keep_better(self, w, new, like, in_gram, out_gram)
+
+    def _flops(self, rows: int) -> int:
+        k, s = self._sizes
+        return 2 * rows * (self.d_in * k + self.d_out * s)
+
+    def _materialize_flops(self) -> int:
+        return 2 * self.d_in * self.structure.atoms * self.d_out
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _solve(t: jax.Array, k: int, count: int, like: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Dictionary, values and rows for T, from `like` = (dictionary, code) or None."""
+    start = spectral_start(t, k, count)
+    old = start if like is None else fit_of(t, *like)
+    if k <= t.shape[0] and count < k:
+        start = orthonormal_rounds(t, start, start.error <= old.error)
+    d, (values, rows), _ = ksvd_rounds(t, better(old, start))
+    peak = jnp.take_along_axis(d, jnp.argmax(jnp.abs(d), axis=0, keepdims=True), axis=0)
+    sign = jnp.where(peak < 0, -1, 1).astype(d.dtype)
+    return d * sign, *sort_code(values * sign[0, rows], rows)
