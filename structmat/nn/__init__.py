@@ -1,5 +1,6 @@
 """Thin Flax modules that hold a structure, and the table of sites they form."""
 
+from structmat.nn.conv import StructuredConv
 from structmat.nn.linear import PROBE, StructuredDense, StructuredDenseGeneral, StructuredEmbed, product
 from structmat.nn.path import choose_path
 from structmat.nn.sites import Site, Stack, assign, leaf_groups, pick, scope, site_params, sites
@@ -8,6 +9,7 @@ __all__ = [
     "PROBE",
     "Site",
     "Stack",
+    "StructuredConv",
     "StructuredDense",
     "StructuredDenseGeneral",
     "StructuredEmbed",
