@@ -122,15 +122,15 @@ class Einsum(Structure):
 
 @functools.lru_cache(maxsize=4096)
 def nearest_factors(size: int, exponents: tuple[float, ...]) -> Shape:
-    """Three factors of `size` whose logarithms are nearest to exponents * log(size); an exponent of 0 gives a 1.
+    """Three factors of `size` whose logarithms are nearest to exponents * log(size).
 
-    Ties go to the smallest third factor, then to the largest first one.
+    An exponent of 0 gives a 1: moving the factor to the side most below its goal is nearer. Ties go to the smallest
+    third factor, then to the largest first one.
     """
     goal = [t * math.log(size) for t in exponents]
     splits = [(p, q, size // p // q) for p in divisors(size) for q in divisors(size // p)]
-    allowed = [s for s in splits if all(v == 1 for v, t in zip(s, exponents) if t == 0)]
     far = lambda s: sum((math.log(v) - g) ** 2 for v, g in zip(s, goal))
-    return min(allowed, key=lambda s: (round(far(s), 9), s[2], -s[0]))
+    return min(splits, key=lambda s: (round(far(s), 9), s[2], -s[0]))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -164,14 +164,12 @@ class BoundEinsum(Bound):
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
         alpha, beta, gamma, delta, epsilon, phi, r = self.sizes
-        z = lax.dot_general(
-            x.reshape(-1, gamma, beta, alpha),
-            params["A"].reshape(gamma, alpha, phi * delta * r),
-            (((3,), (1,)), ((1,), (0,))),
-        )
+        grouped = x.reshape(-1, gamma, beta * alpha).swapaxes(0, 1).reshape(gamma, -1, alpha)
+        a = params["A"].reshape(gamma, alpha, phi * delta * r)
+        z = lax.dot_general(grouped, a, (((2,), (1,)), ((0,), (0,))))
         z = z.reshape(gamma, -1, beta, phi, delta, r).transpose(3, 1, 4, 0, 2, 5)
-        z = z.reshape(phi, -1, gamma * beta * r)
-        y = lax.dot_general(z, params["B"].reshape(phi, gamma * beta * r, epsilon), (((2,), (1,)), ((0,), (0,))))
+        b = params["B"].reshape(phi, gamma * beta * r, epsilon)
+        y = lax.dot_general(z.reshape(phi, -1, gamma * beta * r), b, (((2,), (1,)), ((0,), (0,))))
         return y.reshape(phi, -1, delta, epsilon).transpose(1, 0, 3, 2).reshape(*x.shape[:-1], self.d_out)
 
     def materialize(self, params: Params) -> jax.Array:
