@@ -140,7 +140,7 @@ def _third(x: jax.Array, sine: bool) -> jax.Array:
     n = x.shape[-1]
     x = x[..., ::-1] if sine else x
     ahead = jnp.concatenate([jnp.zeros((*x.shape[:-1], 1), x.dtype), x[..., : (n - 1) // 2 : -1]], -1)
-    v = jnp.fft.irfft(lax.complex(x[..., : n // 2 + 1], -ahead[..., : n // 2 + 1]) / _turns(n, x.dtype), n=n)
+    v = jnp.fft.irfft(lax.complex(x[..., : n // 2 + 1], -ahead[..., : n // 2 + 1]) * _turns(n, x.dtype, -1), n=n)
     odd = v[..., (n + 1) // 2 :][..., ::-1]
     return _interleave(v[..., : (n + 1) // 2], -odd if sine else odd)
 
@@ -176,11 +176,11 @@ def _fourth_odd(x: jax.Array, sine: bool) -> jax.Array:
     return (full * jnp.asarray(turn, full.dtype)).real
 
 
-def _turns(n: int, dtype: jnp.dtype) -> jax.Array:
-    """exp(-i pi k / 2n) sqrt(2/n), k = 0..n/2, with 1/sqrt(n) at k = 0: what makes kind 2 of the FFT, orthonormal."""
+def _turns(n: int, dtype: jnp.dtype, power: int = 1) -> jax.Array:
+    """exp(-i pi k / 2n) sqrt(2/n), k = 0..n/2, with 1/sqrt(n) at k = 0: what makes the orthonormal kind 2 of an FFT."""
     turns = np.exp(-0.5j * np.pi * np.arange(n // 2 + 1) / n) * math.sqrt(2 / n)
     turns[0] = n**-0.5
-    return jnp.asarray(turns, jnp.result_type(dtype, jnp.complex64))
+    return jnp.asarray(turns**power, jnp.result_type(dtype, jnp.complex64))
 
 
 def _interleave(even: jax.Array, odd: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ def _count(jaxpr: Any) -> int:
 
 
 def _fft(eqn: Any) -> int:
-    lengths, kind = eqn.params["fft_lengths"], str(eqn.params["fft_type"])
+    lengths, kind = eqn.params["fft_lengths"], eqn.params["fft_type"].name
     size = math.prod(lengths)
     whole = eqn.outvars[0].aval if "IRFFT" in kind else eqn.invars[0].aval
     transforms = math.prod(whole.shape) // size

@@ -19,6 +19,9 @@ A, B = jnp.ones((3, 4)), jnp.ones((4, 5))
         (lambda a, b: 2.0 * a, 0),
         (lambda a, b: jax.lax.scan(lambda c, _: (c, c @ b), a, length=7)[1], 7 * 120),
         (lambda a, b: jax.vmap(lambda r: r @ b)(a), 2 * 3 * 4 * 5),
+        (lambda a, b: jnp.fft.fft(a), 3 * 5 * 4 * 2),
+        (lambda a, b: jnp.fft.rfft(a), 3 * 5 * 4 * 2 / 2),
+        (lambda a, b: jnp.fft.irfft(a, n=8), 3 * 5 * 8 * 3 / 2),
     ],
 )
 def test_counts(fn, expected):

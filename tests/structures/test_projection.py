@@ -77,11 +77,11 @@ def psd(n, rng):
 
 
 def weighted(w, in_gram, out_gram):
-    """|A^(1/2) w B^(1/2)| in double precision by trace(w^T A w B)."""
+    """|A^(1/2) w B^(1/2)| in double precision by trace(w^* A w B)."""
     full = lambda g, n: np.eye(n) if g is None else np.diag(g) if g.ndim == 1 else g.astype(np.float64)
     a, b = full(in_gram, w.shape[0]), full(out_gram, w.shape[1])
-    w = np.asarray(w, np.float64)
-    return np.sqrt(np.trace(w.T @ a @ w @ b))
+    w = np.asarray(w, np.complex128)
+    return np.sqrt(np.trace(w.conj().T @ a @ w @ b).real)
 
 
 @every
