@@ -23,8 +23,9 @@ from structmat.structures.wrappers import Wrapper
 class Masked(Composite):
     """`masked(a, pattern)`: W = mask * A, simulated: stored and executed dense.
 
-    The mask follows the current magnitudes of A for n_m_sparse(...) and random_sparse(..., select='magnitude'), and is
-    drawn once and kept for random_sparse(...). Export to the real thing is `pattern.project(materialize)`.
+    The pattern is n_m_sparse, random_sparse, block_sparse or channel_sparse. Where it goes by size (n_m_sparse,
+    select='magnitude' or 'norm', pattern='magnitude') the mask follows the current A; a random support is drawn once
+    and kept. Export to the real thing is `pattern.project(materialize)`.
 
     Rules, for the gradient that A gets from the gradient g at W: `plain` mask * g; `ste` g, so that masked entries
     stay alive; `sr_ste` g + decay (1 - mask) A (Zhou et al. 2021, arXiv 2102.04010).
@@ -48,7 +49,8 @@ class Masked(Composite):
         inner, pattern = self.a.bind(in_shape, out_shape), self.pattern.bind(in_shape, out_shape)
         if not hasattr(pattern, "mask"):
             raise StructureError(
-                f"masked: pattern must be n_m_sparse(...) or random_sparse(...), got {self.pattern.short()}"
+                "masked: pattern must be n_m_sparse(...), random_sparse(...), block_sparse(...) or channel_sparse(...), "
+                f"got {self.pattern.short()}"
             )
         resolved = dataclasses.replace(self, a=inner.structure, pattern=pattern.structure)
         return BoundMasked(resolved, in_shape, out_shape, inner, pattern)
@@ -61,7 +63,7 @@ class Masked(Composite):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BoundMasked(Wrapper):
-    """Masked with sizes: parameters of `a` under `weights`, and beside them `rows` when the support is random."""
+    """Masked with sizes: parameters of `a` under `weights`, and beside them the support when it is random."""
 
     pattern: Bound
 
@@ -69,6 +71,11 @@ class BoundMasked(Wrapper):
     def exact(self) -> bool:
         """The optimum for a dense `a` and a mask that follows the magnitudes."""
         return isinstance(self.inner, BoundDense) and self.pattern.exact
+
+    @property
+    def grams(self) -> str:
+        """The pattern's, for a dense `a`."""
+        return self.pattern.grams if isinstance(self.inner, BoundDense) else "none"
 
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
         return {"weights": self.inner.leaves(in_axes, out_axes, gain)} | self.pattern.mask_leaves(in_axes, out_axes)

@@ -24,6 +24,8 @@ _MODULES = (
     "tensor_train",
     "random_sparse",
     "n_m_sparse",
+    "block_sparse",
+    "channel_sparse",
     "dictionary",
     "einsum",
     "fourier",
