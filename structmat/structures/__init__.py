@@ -5,10 +5,12 @@ from structmat.structures.base import Bound
 from structmat.structures.errors import StructureError
 from structmat.structures.fit import Fit
 from structmat.structures.leaf import Cost, Leaf, flatten_leaves, map_leaves
+from structmat.structures.linalg import svd_method
 from structmat.structures.matrix import Matrix, project, random
 from structmat.structures.recipe import Structure
 from structmat.structures.registry import COMBINATORS, CONSTRUCTORS, FAMILIES
 from structmat.structures.rules import Rules
+from structmat.structures.stacks import project_stack
 from structmat.structures.text import parse
 from structmat.structures.wrappers import Frozen, Scaled, Transpose
 
@@ -33,5 +35,7 @@ __all__ = [
     "map_leaves",
     "parse",
     "project",
+    "project_stack",
     "random",
+    "svd_method",
 ]

@@ -16,7 +16,7 @@ def squared_error(
     difference: jax.Array, in_gram: jax.Array | None = None, out_gram: jax.Array | None = None
 ) -> jax.Array:
     """|A^(1/2) D B^(1/2)|^2 of a difference D `(d_in, d_out)`; a gram is a vector, a matrix or None."""
-    return jnp.sum(difference * scale_columns(scale_rows(in_gram, difference), out_gram))
+    return jnp.sum(jnp.real(difference.conj() * scale_columns(scale_rows(in_gram, difference), out_gram)))
 
 
 def keep_better(

@@ -14,8 +14,9 @@ from structmat.structures.algebra import BoundProduct, BoundSum, Product, Sum
 from structmat.structures.base import Bound
 from structmat.structures.display import LeafSummary, summarize, to_html
 from structmat.structures.errors import StructureError
-from structmat.structures.leaf import Cost
+from structmat.structures.leaf import Cost, Params
 from structmat.structures.recipe import Structure
+from structmat.structures.stacks import solve
 from structmat.structures.text import parse
 from structmat.structures.wrappers import BoundScaled, Scaled
 
@@ -149,15 +150,33 @@ class Matrix:
         return to_html(self)
 
 
-def project(dense: jax.Array, structure: str | Structure, **kwargs: Any) -> Matrix:
-    """The Matrix of a structure nearest to a dense `(d_in, d_out)` array; keywords as in `Bound.project`."""
+def project(
+    dense: jax.Array,
+    structure: str | Structure,
+    *,
+    key: jax.Array | None = None,
+    like: Params | None = None,
+    in_gram: jax.Array | None = None,
+    out_gram: jax.Array | None = None,
+    limit: int | None = None,
+) -> Matrix:
+    """The Matrix of a structure nearest to a dense `(d_in, d_out)` array; stacks go to `project_stack`.
+
+    Compiled once per structure and shape. SVDs are exact unless `structmat.svd_method` says otherwise.
+
+    Args:
+      key, like, in_gram, out_gram: as in `Bound.project`.
+      limit: bytes the program may use, arguments and results included; default what the device or host has free.
+
+    Raises:
+      StructureError: what `Bound.project` refuses, or a projection that needs more memory than `limit`.
+    """
     dense = jnp.asarray(dense)
     if dense.ndim != 2:
-        raise StructureError(f"project needs a matrix, got an array of shape {dense.shape}")
-    if not jnp.issubdtype(dense.dtype, jnp.inexact):
-        dense = dense.astype(jnp.float32)
+        more = "; project_stack projects every matrix of a stack" if dense.ndim > 2 else ""
+        raise StructureError(f"project needs a matrix, got an array of shape {dense.shape}{more}")
     bound = parse(structure).bind(*dense.shape)
-    return Matrix(bound, bound.project(dense, **kwargs))
+    return Matrix(bound, solve(bound, dense, key=key, like=like, in_gram=in_gram, out_gram=out_gram, limit=limit))
 
 
 def random(
