@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.block_sparse import block_sparse
 from structmat.structures.about import About
-from structmat.structures.base import Bound, rows_of
-from structmat.structures.block_products import block_product
+from structmat.structures.base import Bound
 from structmat.structures.block_support import pattern_counts, static_rows
 from structmat.structures.errors import StructureError
 from structmat.structures.factors import divisors
@@ -154,8 +154,7 @@ class BoundBlockSparse(Bound):
         return draw_rows(key, columns, rows, self.count)
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
-        y = block_product(x.reshape(rows_of(x), self.d_in), params["values"], params["rows"])
-        return y.reshape(*x.shape[:-1], self.d_out)
+        return block_sparse(x, params["values"], params["rows"])
 
     def materialize(self, params: Params) -> jax.Array:
         rows, columns, p, s = self.grid

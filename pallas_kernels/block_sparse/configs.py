@@ -1,0 +1,59 @@
+"""Tiles of the block-sparse kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.chips import MIB, Chip
+
+RESERVE = 2 * MIB
+"""Kept free for what the compiler spills and for scalar memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Attributes:
+    tokens: rows of x in one grid step. columns: block columns in one step. vmem: bytes the kernel may use.
+    """
+
+    tokens: int
+    columns: int
+    vmem: int
+
+
+def tiles(kind: str, chip: Chip, m: int, k: int, grid: tuple[int, int, int, int], size: int) -> Tiles | None:
+    """Tiles of one kernel (`forward`, `backward_x`, `backward_values`), or None where nothing fits the chip.
+
+    grid is (C, R, p, s), size the bytes of an entry. Large token tiles come first, because weights are read again for
+    every one of them, then as many columns as keep a step's body within 64 dots and VMEM. For the gradient of the blocks
+    it is the other way round: columns first, because x is read again for every column group.
+    """
+    columns, count, _, s = grid
+    groups = [g for g in range(columns, 0, -1) if columns % g == 0]
+    limit = chip.vmem - RESERVE
+    tokens = token_tiles(m, size)
+    if kind == "backward_values":
+        fits = ((t, g) for g in groups for t in tokens if _bytes(kind, t, g, k, grid, size) <= limit)
+    else:
+        few = [g for g in groups if g * count <= 64 and g * s <= 1024] or [1]
+        fits = ((t, g) for t in tokens for g in few if _bytes(kind, t, g, k, grid, size) <= limit)
+    found = next(fits, None)
+    return None if found is None else Tiles(*found, chip.vmem)
+
+
+def token_tiles(m: int, size: int) -> list[int]:
+    """Token tiles to try, largest first: 1024 down to 128, or all rows (padded to whole sublanes) where there are fewer."""
+    least = 8 * 4 // size
+    whole = -(-m // least) * least
+    return [t for t in (1024, 512, 256, 128) if t <= whole] or [whole]
+
+
+def _bytes(kind: str, tokens: int, group: int, k: int, grid: tuple[int, int, int, int], size: int) -> int:
+    """VMEM of one kernel: every operand twice for the pipeline, scratch and the values of the body once."""
+    _, count, p, s = grid
+    panel, strip, blocks = tokens * k, tokens * group * s, group * count * p * s
+    if kind == "forward":
+        return 2 * size * (panel + strip + blocks) + 4 * tokens * s
+    if kind == "backward_x":
+        return 2 * size * (panel + strip + blocks) + 4 * panel + 4 * tokens * p
+    return 2 * size * (panel + strip) + 2 * 4 * blocks + 4 * p * s

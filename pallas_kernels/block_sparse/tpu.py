@@ -1,0 +1,221 @@
+"""Blocked-ELL products on TPU: y = x W, x' = y W^T, and the gradient of the stored blocks.
+
+values (C, R, p, s) and rows (C, R) stand for W (K, N) of C block columns with R blocks each. A grid step handles G block
+columns at once, because a step costs 500 to 800 cycles however little it does; p and s are multiples of the 128 lanes,
+because blocks are addressed by dynamic lane slices of panels that stay in VMEM.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.block_sparse.configs import Tiles
+
+UNROLL = 32
+"""Dots in one basic block: enough for the scheduler to overlap them, few enough to compile in seconds."""
+
+
+def forward(x: jax.Array, values: jax.Array, rows: jax.Array, tiles: Tiles, interpret: object = False) -> jax.Array:
+    """x (M, K) -> (M, N), accumulated in f32; grid (token tiles, column groups), the x panel stays while columns pass."""
+    m, k = x.shape
+    columns, count, p, s = values.shape
+    bm, group = tiles.tokens, tiles.columns
+
+    def kernel(index, x_ref, w_ref, y_ref):
+        first = pl.program_id(1) * group
+
+        def column(g: int, at: jax.Array) -> None:
+            def dot(r: jax.Array | int, total: jax.Array) -> jax.Array:
+                row = pl.multiple_of(index[at * count + r] * p, p)
+                return total + jnp.dot(x_ref[:, pl.ds(row, p)], w_ref[g, r], preferred_element_type=jnp.float32)
+
+            y_ref[:, g * s : (g + 1) * s] = _sum(count, dot, (bm, s)).astype(y_ref.dtype)
+
+        for g in range(group):
+            column(g, first + g)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((m, columns * s), x.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(m, bm), columns // group),
+            in_specs=[
+                pl.BlockSpec((bm, k), lambda i, j, _: (i, 0)),
+                pl.BlockSpec((group, count, p, s), lambda i, j, _: (j, 0, 0, 0)),
+            ],
+            out_specs=pl.BlockSpec((bm, group * s), lambda i, j, _: (i, j)),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem
+        ),
+        cost_estimate=_cost(x, values, columns * s),
+        name="block_sparse_forward",
+        interpret=interpret,
+    )(rows.reshape(-1), x, values)
+
+
+def backward_x(
+    dy: jax.Array, values: jax.Array, rows: jax.Array, k: int, tiles: Tiles, interpret: object = False
+) -> jax.Array:
+    """dy (M, N) -> dy W^T (M, K): every block adds into its lanes of a panel (tokens, K) that stays in VMEM.
+
+    Adding in place needs no transposed list, which for random supports would be ragged.
+    """
+    m = dy.shape[0]
+    columns, count, p, s = values.shape
+    bm, group = tiles.tokens, tiles.columns
+
+    def kernel(index, dy_ref, w_ref, dx_ref, total):
+        step = pl.program_id(1)
+
+        @pl.when(step == 0)
+        def _():
+            total[...] = jnp.zeros_like(total)
+
+        for g in range(group):
+            part = dy_ref[:, g * s : (g + 1) * s]
+
+            def add(r: jax.Array | int, _, part=part, g=g) -> None:
+                row = pl.multiple_of(index[(step * group + g) * count + r] * p, p)
+                total[:, pl.ds(row, p)] += lax.dot_general(
+                    part, w_ref[g, r], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+                )
+
+            _repeat(count, add)
+
+        @pl.when(step == pl.num_programs(1) - 1)
+        def _():
+            dx_ref[...] = total[...].astype(dx_ref.dtype)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((m, k), dy.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(m, bm), columns // group),
+            in_specs=[
+                pl.BlockSpec((bm, group * s), lambda i, j, _: (i, j)),
+                pl.BlockSpec((group, count, p, s), lambda i, j, _: (j, 0, 0, 0)),
+            ],
+            out_specs=pl.BlockSpec((bm, k), lambda i, j, _: (i, 0)),
+            scratch_shapes=[pltpu.VMEM((bm, k), jnp.float32)],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem
+        ),
+        cost_estimate=_cost(dy, values, k),
+        name="block_sparse_backward_x",
+        interpret=interpret,
+    )(rows.reshape(-1), dy, values)
+
+
+def backward_values(
+    x: jax.Array, dy: jax.Array, rows: jax.Array, block: tuple[int, int], tiles: Tiles, interpret: object = False
+) -> jax.Array:
+    """x (M, K), dy (M, N) -> f32 (C, R, p, s): the entries of x^T dy on the support; M is a multiple of tiles.tokens.
+
+    Token tiles pass inside while the gradients of a column group stay in VMEM, so x is read once per column group.
+    """
+    m, k = x.shape
+    columns, count = rows.shape
+    (p, s), bm, group = block, tiles.tokens, tiles.columns
+
+    def kernel(index, x_ref, dy_ref, dw_ref):
+        group_at, token = pl.program_id(0), pl.program_id(1)
+
+        @pl.when(token == 0)
+        def _():
+            dw_ref[...] = jnp.zeros_like(dw_ref)
+
+        def column(g: jax.Array, _) -> None:
+            part = dy_ref[:, pl.ds(pl.multiple_of(g * s, s), s)]
+
+            def add(r: jax.Array | int, _) -> None:
+                row = pl.multiple_of(index[(group_at * group + g) * count + r] * p, p)
+                dw_ref[g, r] += lax.dot_general(
+                    x_ref[:, pl.ds(row, p)], part, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+                )
+
+            _repeat(count, add)
+
+        lax.fori_loop(0, group, lambda g, c: (column(g, None), c)[1], 0)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((columns, count, p, s), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(columns // group, m // bm),
+            in_specs=[
+                pl.BlockSpec((bm, k), lambda j, i, _: (i, 0)),
+                pl.BlockSpec((bm, group * s), lambda j, i, _: (i, j)),
+            ],
+            out_specs=pl.BlockSpec((group, count, p, s), lambda j, i, _: (j, 0, 0, 0)),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * m * columns * count * p * s,
+            bytes_accessed=x.size * x.dtype.itemsize * (columns // group)
+            + dy.size * dy.dtype.itemsize
+            + columns * count * p * s * 4,
+            transcendentals=0,
+        ),
+        name="block_sparse_backward_values",
+        interpret=interpret,
+    )(rows.reshape(-1), x, dy)
+
+
+def _sum(count: int, term, shape: tuple[int, int]) -> jax.Array:
+    """Sum of `count` terms in f32: unrolled, in a loop over unrolled stretches where there are many."""
+    total = jnp.zeros(shape, jnp.float32)
+    stretch = _stretch(count)
+    if stretch < count:
+
+        def body(i: jax.Array, total: jax.Array) -> jax.Array:
+            for r in range(stretch):
+                total = term(i * stretch + r, total)
+            return total
+
+        return lax.fori_loop(0, count // stretch, body, total)
+    for r in range(count):
+        total = term(r, total)
+    return total
+
+
+def _repeat(count: int, step) -> None:
+    """Run `step(r, None)` for every r, unrolled as in `_sum`."""
+    stretch = _stretch(count)
+    if stretch < count:
+
+        def body(i: jax.Array, carry: int) -> int:
+            for r in range(stretch):
+                step(i * stretch + r, None)
+            return carry
+
+        lax.fori_loop(0, count // stretch, body, 0)
+        return
+    for r in range(count):
+        step(r, None)
+
+
+@functools.cache
+def _stretch(count: int) -> int:
+    return max(d for d in range(1, min(count, UNROLL) + 1) if count % d == 0)
+
+
+def _cost(x: jax.Array, values: jax.Array, out: int) -> pl.CostEstimate:
+    m, size = x.shape[0], x.dtype.itemsize
+    return pl.CostEstimate(
+        flops=2 * m * values.size,
+        bytes_accessed=(x.size + m * out) * size + values.size * values.dtype.itemsize,
+        transcendentals=0,
+    )
