@@ -22,7 +22,7 @@ from structmat.structures.leaf import Cost
 METRICS = ("bits", "params", "flops")
 SUMS = (
     "low_rank() + random_sparse(select='magnitude')",
-    "low_rank() + block_sparse(pattern='magnitude')",
+    "low_rank() + block_sparse(block=16, pattern='magnitude')",
     "quantized() + low_rank()",
     "block_diagonal() + low_rank()",
 )

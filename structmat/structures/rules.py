@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from structmat.structures.dense import Dense
 from structmat.structures.errors import StructureError
@@ -88,7 +88,26 @@ def _no_match(pattern: str | None, structure: Structure, hits: list[str], sites:
         )
     if hits:
         return f"rule {pattern!r} matches only sites that earlier rules took: {', '.join(hits[:6])}"
-    near = (
-        difflib.get_close_matches(re.sub(r"[\\.*+?()\[\]|^$]", "", pattern), sites, n=4, cutoff=0.2) or list(sites)[:4]
-    )
-    return f"rule {pattern!r} matches no site; near: {', '.join(near)} (the whole path must match, try '.*')"
+    return f"rule {pattern!r} matches no site; {_near(pattern, sites)}"
+
+
+def matching(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The paths that `pattern` fully matches, in their order.
+
+    Raises:
+      StructureError: it is not a regular expression, or matches none; lists near paths.
+    """
+    paths = list(paths)
+    try:
+        hits = [p for p in paths if re.fullmatch(pattern, p)]
+    except re.error as error:
+        raise StructureError(f"{pattern!r} is not a regular expression: {error}") from None
+    if not hits:
+        raise StructureError(f"{pattern!r} matches no path; {_near(pattern, paths)}")
+    return hits
+
+
+def _near(pattern: str, paths: Iterable[str]) -> str:
+    paths, plain = list(paths), re.sub(r"[\\.*+?()\[\]|^$]", "", pattern)
+    near = difflib.get_close_matches(plain, paths, n=4, cutoff=0.2) or paths[:4]
+    return f"near: {', '.join(near) or 'there is none'} (the whole path must match, try '.*')"

@@ -6,7 +6,7 @@ at any moment leaves no half-written step behind. Everything that touches Orbax 
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +176,33 @@ class Checkpointer:
             skipped.append((step, reason or "another process could not read it"))
         return self._nothing(skipped)
 
+    def read(self, step: int, names: Iterable[str]) -> dict[str, jax.Array]:
+        """Some arrays of a saved step, alone: nothing else of it is loaded, and no file is hashed (see `latest`).
+
+        Args:
+          step: one of `steps()`.
+          names: slash paths of its leaves, such as `params/embed/kernel`; each array comes whole, on this process's
+            first device.
+
+        Raises:
+          CheckpointError: no such step or array, or one that cannot be read or differs from its checksum.
+        """
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        try:
+            found = manifest.read(self.folder / str(step))
+        except (ManifestError, OSError) as e:
+            raise CheckpointError(f"checkpoint {self.folder / str(step)}: {e}") from e
+        wanted = {}
+        for name in names:
+            if name not in found.arrays:
+                raise CheckpointError(f"checkpoint {self.folder / str(step)} has no array {name!r}")
+            array = found.arrays[name]
+            wanted[name] = jax.ShapeDtypeStruct(tuple(array["shape"]), jnp.dtype(array["dtype"]), sharding=place)
+        reason, leaves = self._load(step, wanted, found, partial=True)
+        if reason is not None:
+            raise CheckpointError(f"checkpoint {self.folder / str(step)}: {reason}")
+        return dict(zip(wanted, leaves))
+
     def _finish(self, step: int, response: Any, target: epath.Path, arrays: dict, sums: jax.Array, extra: dict) -> None:
         try:
             response.result()
@@ -230,15 +257,21 @@ class Checkpointer:
                 )
             )
 
-    def _load(self, step: int, wanted: Mapping[str, Any], found: Manifest) -> tuple[str | None, list[jax.Array]]:
+    def _load(
+        self, step: int, wanted: Mapping[str, Any], found: Manifest, partial: bool = False
+    ) -> tuple[str | None, list[jax.Array]]:
         """(None, leaves) or (why not, [])."""
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
         abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in wanted.items()}
+        stored = _nest({n: x for n, x in abstract.items() if x.size})
         try:
-            loaded = ocp.load(self.folder / str(step), _nest({n: x for n, x in abstract.items() if x.size}))
+            with context:
+                loaded = ocp.load(self.folder / str(step), stored) if stored else {}
         except Exception as e:
             text = str(e).split(" [tensorstore_spec")[0].replace(f"{self.folder / str(step)}/", "")
             return f"Orbax could not read it ({type(e).__name__}: {text[:300]})", []
-        arrays = _named_leaves(loaded, (jax.Array,))
+        arrays = _named_leaves(loaded, (jax.Array,)) if stored else {}
         leaves = {
             n: arrays[n] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding) for n, x in abstract.items()
         }

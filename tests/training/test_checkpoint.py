@@ -1,5 +1,6 @@
 """Checkpoints: round trip, newest step, every kind of damage, mismatches, donation, keeping and cleaning up."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -364,3 +365,36 @@ def test_a_failure_in_the_background_reaches_wait(tmp_path, monkeypatch):
     c.save(3, {"x": jnp.ones(2)}, {})
     c.close()
     assert c.steps() == [1, 3]
+
+
+def test_arrays_are_read_singly(tmp_path):
+    state = make_state()
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(3, state, {})
+        checkpoints.wait()
+        found = checkpoints.read(3, ["params/layer/w", "frozen/index"])
+        assert list(found) == ["params/layer/w", "frozen/index"]
+        for name, leaf in zip(found, (state["params"]["layer"]["w"], state["frozen"]["index"])):
+            assert found[name].dtype == leaf.dtype and np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes()
+            assert len(found[name].devices()) == 1
+        assert checkpoints.read(3, ["empty"])["empty"].shape == (0, 4)
+        with pytest.raises(CheckpointError, match=r"3 has no array 'params/layer/v'"):
+            checkpoints.read(3, ["params/layer/v"])
+        with pytest.raises(CheckpointError, match=r"checkpoints/4: not a folder"):
+            checkpoints.read(4, ["params/layer/w"])
+
+
+def test_an_array_read_singly_is_checked(tmp_path):
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), {})
+        checkpoints.wait()
+        folder = tmp_path / "checkpoints" / "1"
+        document = json.loads((folder / manifest.NAME).read_text())
+        arrays = document["body"]["arrays"]
+        for array in arrays.values():
+            array["checksum"] = array["checksum"][::-1]
+        body = manifest._canonical(document["body"])
+        document["sha256"] = hashlib.sha256(body.encode()).hexdigest()
+        (folder / manifest.NAME).write_text(json.dumps(document))
+        with pytest.raises(CheckpointError, match="array params/layer/w differs from its checksum"):
+            checkpoints.read(1, ["params/layer/w"])
