@@ -24,7 +24,15 @@ CORE = [
     "tensorboardX>=2.6.2",
     "scikit-learn>=1.4",
 ]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scipy>=1.11", "tensorly>=0.9", "ruff>=0.6"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "scipy>=1.11",
+    "tensorly>=0.9",
+    "ruff>=0.6",
+    "safetensors>=0.5",
+]
 
 setup(
     name="structmat",
@@ -42,5 +50,6 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "wandb": ["wandb"],
         "profile": ["xprof"],
+        "safetensors": ["safetensors>=0.5"],
     },
 )
