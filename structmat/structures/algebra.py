@@ -230,6 +230,8 @@ class Product(Composite):
 def _square(structure: Structure) -> bool:
     if isinstance(structure, Frozen | Scaled | Transpose):
         return _square(structure.a)
+    if isinstance(structure, Product):
+        return _square(structure.a) and _square(structure.b)
     return getattr(structure, "square", False)
 
 

@@ -186,9 +186,5 @@ def _turns(n: int, dtype: jnp.dtype, power: int = 1) -> jax.Array:
 def _interleave(even: jax.Array, odd: jax.Array) -> jax.Array:
     """even[0], odd[0], even[1], ...; `odd` has as many entries or one less."""
     n = even.shape[-1] + odd.shape[-1]
-    wide = lambda part, start: lax.pad(
-        part,
-        jnp.zeros((), part.dtype),
-        [(0, 0, 0)] * (part.ndim - 1) + [(start, n - start - 2 * part.shape[-1] + 1, 1)],
-    )
-    return wide(even, 0) + wide(odd, 1)
+    odd = jnp.pad(odd, [(0, 0)] * (odd.ndim - 1) + [(0, n % 2)])
+    return jnp.stack([even, odd], -1).reshape(*even.shape[:-1], -1)[..., :n]
