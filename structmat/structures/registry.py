@@ -28,6 +28,7 @@ _MODULES = (
     "channel_sparse",
     "dictionary",
     "einsum",
+    "blast",
     "fourier",
     "dct",
     "hadamard",

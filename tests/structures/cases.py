@@ -60,6 +60,8 @@ CASES = [
     ("einsum(in_factors=(3, 2, 4), out_factors=(3, 4, 3), rank=2)", 24, 36),
     ("einsum(theta=(0.5, 0.0, 0.5, 0.0, 0.5, 0.5, 0.2))", 24, 36),
     ("einsum(in_factors=(1, 6, 4), out_factors=(3, 1, 4), rank=2)", (4, 6), 12),
+    ("blast(blocks=3, rank=4)", 24, 36),
+    ("blast(blocks=2, rank=9)", (4, 3), 16),
     ("frozen(monarch(blocks=2))", 16, 16),
     ("scaled(low_rank(rank=2), s=-0.5)", 12, 20),
     ("transpose(block_low_rank(in_blocks=3, out_blocks=2, rank=2))", 16, 24),
