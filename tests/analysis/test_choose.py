@@ -159,6 +159,10 @@ def test_grams_weigh_the_errors():
     )
     diagonal = choose(w, 0.5, structures=tried, in_grams=lambda: np.diag(full))
     assert [r.gram for r in diagonal.rows] == ["diagonal", "diagonal", "none"] and diagonal.rows[1].optimal
+    rest = np.sqrt(np.diag(full))[:, None] * (w - structmat.project(w, diagonal.rows[2].structure).materialize())
+    assert diagonal.rows[2].error == pytest.approx(
+        np.linalg.norm(rest) / np.linalg.norm(np.sqrt(np.diag(full)) * w.T), rel=1e-4
+    )
     assert "diagonal/" not in repr(diagonal) and "gram" in repr(diagonal)
 
 
