@@ -7,7 +7,7 @@ because blocks are addressed by dynamic lane slices of panels that stay in VMEM.
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse.configs import Tiles
 
-UNROLL = 32
-"""Dots in one basic block: enough for the scheduler to overlap them, few enough to compile in seconds."""
+BODY = 4096 * 128 * 128
+"""Multiply-adds of one basic block: several dots for the scheduler to overlap, few enough to compile in seconds (a body
+sixteen times as large took minutes)."""
 
 
 def forward(x: jax.Array, values: jax.Array, rows: jax.Array, tiles: Tiles, interpret: object = False) -> jax.Array:
@@ -26,19 +27,21 @@ def forward(x: jax.Array, values: jax.Array, rows: jax.Array, tiles: Tiles, inte
     m, k = x.shape
     columns, count, p, s = values.shape
     bm, group = tiles.tokens, tiles.columns
+    stretch = _stretch(count, bm, p, s)
 
     def kernel(index, x_ref, w_ref, y_ref):
-        first = pl.program_id(1) * group
+        first = pl.program_id(1) * group * count
 
-        def column(g: int, at: jax.Array) -> None:
+        def column(g: jax.Array, _: int) -> int:
             def dot(r: jax.Array | int, total: jax.Array) -> jax.Array:
-                row = pl.multiple_of(index[at * count + r] * p, p)
+                row = pl.multiple_of(index[first + g * count + r] * p, p)
                 return total + jnp.dot(x_ref[:, pl.ds(row, p)], w_ref[g, r], preferred_element_type=jnp.float32)
 
-            y_ref[:, g * s : (g + 1) * s] = _sum(count, dot, (bm, s)).astype(y_ref.dtype)
+            total = _loop(count, stretch, dot, jnp.zeros((bm, s), jnp.float32))
+            y_ref[:, pl.ds(pl.multiple_of(g * s, s), s)] = total.astype(y_ref.dtype)
+            return 0
 
-        for g in range(group):
-            column(g, first + g)
+        lax.fori_loop(0, group, column, 0)
 
     return pl.pallas_call(
         kernel,
@@ -71,6 +74,7 @@ def backward_x(
     m = dy.shape[0]
     columns, count, p, s = values.shape
     bm, group = tiles.tokens, tiles.columns
+    stretch = _stretch(count, bm, p, s)
 
     def kernel(index, dy_ref, w_ref, dx_ref, total):
         step = pl.program_id(1)
@@ -79,16 +83,19 @@ def backward_x(
         def _():
             total[...] = jnp.zeros_like(total)
 
-        for g in range(group):
-            part = dy_ref[:, g * s : (g + 1) * s]
+        def column(g: jax.Array, _: int) -> int:
+            part = dy_ref[:, pl.ds(pl.multiple_of(g * s, s), s)]
 
-            def add(r: jax.Array | int, _, part=part, g=g) -> None:
+            def add(r: jax.Array | int, _: int) -> int:
                 row = pl.multiple_of(index[(step * group + g) * count + r] * p, p)
                 total[:, pl.ds(row, p)] += lax.dot_general(
                     part, w_ref[g, r], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
                 )
+                return 0
 
-            _repeat(count, add)
+            return _loop(count, stretch, add, 0)
+
+        lax.fori_loop(0, group, column, 0)
 
         @pl.when(step == pl.num_programs(1) - 1)
         def _():
@@ -126,6 +133,7 @@ def backward_values(
     m, k = x.shape
     columns, count = rows.shape
     (p, s), bm, group = block, tiles.tokens, tiles.columns
+    stretch = _stretch(count, bm, p, s)
 
     def kernel(index, x_ref, dy_ref, dw_ref):
         group_at, token = pl.program_id(0), pl.program_id(1)
@@ -134,18 +142,19 @@ def backward_values(
         def _():
             dw_ref[...] = jnp.zeros_like(dw_ref)
 
-        def column(g: jax.Array, _) -> None:
+        def column(g: jax.Array, _: int) -> int:
             part = dy_ref[:, pl.ds(pl.multiple_of(g * s, s), s)]
 
-            def add(r: jax.Array | int, _) -> None:
+            def add(r: jax.Array | int, _: int) -> int:
                 row = pl.multiple_of(index[(group_at * group + g) * count + r] * p, p)
                 dw_ref[g, r] += lax.dot_general(
                     x_ref[:, pl.ds(row, p)], part, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
                 )
+                return 0
 
-            _repeat(count, add)
+            return _loop(count, stretch, add, 0)
 
-        lax.fori_loop(0, group, lambda g, c: (column(g, None), c)[1], 0)
+        lax.fori_loop(0, group, column, 0)
 
     return pl.pallas_call(
         kernel,
@@ -174,42 +183,20 @@ def backward_values(
     )(rows.reshape(-1), x, dy)
 
 
-def _sum(count: int, term, shape: tuple[int, int]) -> jax.Array:
-    """Sum of `count` terms in f32: unrolled, in a loop over unrolled stretches where there are many."""
-    total = jnp.zeros(shape, jnp.float32)
-    stretch = _stretch(count)
-    if stretch < count:
+def _loop(count: int, stretch: int, step: Any, carry: Any) -> Any:
+    """Fold `step(r, carry)` over r: `stretch` of them unrolled, in a loop where there are more."""
 
-        def body(i: jax.Array, total: jax.Array) -> jax.Array:
-            for r in range(stretch):
-                total = term(i * stretch + r, total)
-            return total
+    def body(i: jax.Array | int, carry: Any) -> Any:
+        for r in range(stretch):
+            carry = step(i * stretch + r, carry)
+        return carry
 
-        return lax.fori_loop(0, count // stretch, body, total)
-    for r in range(count):
-        total = term(r, total)
-    return total
+    return body(0, carry) if stretch == count else lax.fori_loop(0, count // stretch, body, carry)
 
 
-def _repeat(count: int, step) -> None:
-    """Run `step(r, None)` for every r, unrolled as in `_sum`."""
-    stretch = _stretch(count)
-    if stretch < count:
-
-        def body(i: jax.Array, carry: int) -> int:
-            for r in range(stretch):
-                step(i * stretch + r, None)
-            return carry
-
-        lax.fori_loop(0, count // stretch, body, 0)
-        return
-    for r in range(count):
-        step(r, None)
-
-
-@functools.cache
-def _stretch(count: int) -> int:
-    return max(d for d in range(1, min(count, UNROLL) + 1) if count % d == 0)
+def _stretch(count: int, tokens: int, p: int, s: int) -> int:
+    most = max(1, BODY // (tokens * p * s))
+    return max(d for d in range(1, min(count, most) + 1) if count % d == 0)
 
 
 def _cost(x: jax.Array, values: jax.Array, out: int) -> pl.CostEstimate:
