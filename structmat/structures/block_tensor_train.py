@@ -104,6 +104,7 @@ class BoundBlockTensorTrain(Bound):
     outs: Shape
 
     exact: ClassVar[bool] = False
+    grams: ClassVar[str] = "diagonal"
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}, in factors {self.ins}, out factors {self.outs}, ranks {self.ranks[1:-1]}"

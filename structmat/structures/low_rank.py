@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
-from structmat.structures.linalg import balanced_split, gram_roots, scale_columns, scale_rows
+from structmat.structures.linalg import weighted_split
 from structmat.structures.recipe import Structure
 
 
@@ -95,10 +95,8 @@ class BoundLowRank(Bound):
         """Global optimum (Eckart-Young); with grams the optimum of the whitened problem, error^2 = sum of its
         discarded squared singular values."""
         self.check_dense(w)
-        lr, li = (None, None) if in_gram is None else gram_roots(in_gram, self.d_in, "in_gram")
-        rr, ri = (None, None) if out_gram is None else gram_roots(out_gram, self.d_out, "out_gram")
-        a, b = balanced_split(scale_columns(scale_rows(lr, w), rr), self.structure.rank)
-        return {"a": scale_rows(li, a).T.astype(w.dtype), "b": scale_columns(b, ri).astype(w.dtype)}
+        a, b = weighted_split(w, self.structure.rank, in_gram, out_gram)
+        return {"a": a.T.astype(w.dtype), "b": b.astype(w.dtype)}
 
     def _flops(self, rows: int) -> int:
         return 2 * rows * self.structure.rank * (self.d_in + self.d_out)

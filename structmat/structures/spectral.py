@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.leaf import Axes, Leaf, Leaves, Params, Shape, first_axis
-from structmat.structures.linalg import gram_roots, scale_columns, scale_rows, svd_of_product, truncated_svd
+from structmat.structures.linalg import svd_of_product, truncated_svd, weighted_split
 from structmat.structures.recipe import Structure
 
 
@@ -96,11 +96,10 @@ class BoundSpectral(Bound):
     ) -> dict[str, Any]:
         """Global optimum (Eckart-Young), with grams that of the whitened problem; u and v have orthonormal rows."""
         self.check_dense(w)
-        left, left_inv = (None, None) if in_gram is None else gram_roots(in_gram, self.d_in, "in_gram")
-        right, right_inv = (None, None) if out_gram is None else gram_roots(out_gram, self.d_out, "out_gram")
-        u, s, vt = truncated_svd(scale_columns(scale_rows(left, w), right), self.structure.rank)
-        if in_gram is not None or out_gram is not None:
-            u, s, vt = svd_of_product(scale_rows(left_inv, u * s), scale_columns(vt, right_inv))
+        if in_gram is None and out_gram is None:
+            u, s, vt = truncated_svd(w, self.structure.rank)
+        else:
+            u, s, vt = svd_of_product(*weighted_split(w, self.structure.rank, in_gram, out_gram))
         return {"u": u.T.astype(w.dtype), "s": s.astype(jnp.finfo(w.dtype).dtype), "v": vt.astype(w.dtype)}
 
     def _flops(self, rows: int) -> int:

@@ -164,6 +164,6 @@ def _allow(bound: Bound, mode: str, arrays: Any, limit: int | None) -> None:
     with svd_method("randomized"):
         lean = large.least_bytes(_run.trace(bound, current_svd(), mode, arrays))
     if lean < large.least_bytes(_run.trace(bound, current_svd(), mode, arrays)):
-        instead.append(f"inside `with structmat.svd_method('randomized'):` it needs about {large._text(lean)}")
+        instead.append(f"inside `with structmat.svd_method('randomized'):` it needs at least {large._text(lean)}")
     what = f"projecting {'a matrix' if mode == 'one' else 'a stack'} {w.shape} {w.dtype} onto {bound.structure.short()}"
     raise large.over(need, int(allowed), exactly, what, instead)
