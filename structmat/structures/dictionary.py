@@ -7,7 +7,6 @@ Low rank puts all columns into one subspace; here each column picks its own few 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, ClassVar
 
@@ -19,7 +18,14 @@ from structmat.structures.base import Bound, rows_of
 from structmat.structures.descent import keep_better
 from structmat.structures.errors import StructureError
 from structmat.structures.leaf import Axes, Leaf, Leaves, Params, Shape, first_axis
-from structmat.structures.linalg import diagonal_roots, gram_roots, scale_columns, scale_rows, working_dtype
+from structmat.structures.linalg import (
+    diagonal_roots,
+    gram_roots,
+    jit_projection,
+    scale_columns,
+    scale_rows,
+    working_dtype,
+)
 from structmat.structures.random_sparse import draw_rows
 from structmat.structures.recipe import Structure
 from structmat.structures.sparse_coding import (
@@ -177,7 +183,7 @@ class BoundDictionary(Bound):
         return 2 * self.d_in * self.structure.atoms * self.d_out
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@jit_projection(1, 2)
 def _solve(t: jax.Array, k: int, count: int, like: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Dictionary, values and rows for T, from `like` = (dictionary, code) or None."""
     start = spectral_start(t, k, count)
