@@ -112,10 +112,11 @@ def _krylov_svd(w: jax.Array, rank: int, method: SVDMethod) -> tuple[jax.Array, 
     orthonormal = lambda a: jnp.linalg.qr(a)[0]
     adjoint = w.mT.conj()
     omega = jax.random.normal(jax.random.key(method.seed), (w.shape[-1], rank + method.oversample), w.dtype)
-    blocks = [orthonormal(w @ omega)]
-    for _ in range(method.iterations):
-        blocks.append(orthonormal(w @ orthonormal(adjoint @ blocks[-1])))
-    basis = orthonormal(jnp.concatenate(blocks, axis=-1))
+    step = lambda block, _: 2 * (orthonormal(w @ orthonormal(adjoint @ block)),)
+    first = orthonormal(w @ omega)
+    _, blocks = jax.lax.scan(step, first, length=method.iterations)
+    blocks = jnp.moveaxis(jnp.concatenate([first[None], blocks]), 0, -2)
+    basis = orthonormal(blocks.reshape(*w.shape[:-1], -1))
     right, core = jnp.linalg.qr(adjoint @ basis)
     u, s, vt = jnp.linalg.svd(core.mT.conj(), full_matrices=False)
     return basis @ u[..., :rank], s, vt[..., :rank, :] @ right.mT.conj()
