@@ -88,7 +88,7 @@ def product(x: jax.Array, values: jax.Array, rows: jax.Array, chip: Chip, interp
     """The kernel and its gradients: x (M, K), values (C, R, p, s) of one dtype, rows int32 (C, R) -> (M, C s)."""
     padded, m = _whole_sublanes(x)
     tile = tiles("forward", chip, padded.shape[0], x.shape[1], values.shape, x.dtype.itemsize)
-    return tpu.forward(padded, values, rows, tile, interpret)[:m]
+    return tpu.forward(padded, values, rows.reshape(-1), tile, interpret)[:m]
 
 
 def _forward(x: jax.Array, values: jax.Array, rows: jax.Array, chip: Chip, interpret: Any) -> tuple[jax.Array, Any]:
@@ -99,10 +99,10 @@ def _backward(chip: Chip, interpret: Any, kept: Any, dy: jax.Array) -> tuple[jax
     x, values, rows = kept
     (k, grid, size), (dy, m) = (x.shape[1], values.shape, x.dtype.itemsize), _whole_sublanes(dy)
     tile = tiles("backward_x", chip, dy.shape[0], k, grid, size)
-    dx = tpu.backward_x(dy, values, rows, k, tile, interpret)[:m]
+    dx = tpu.backward_x(dy, values, rows.reshape(-1), k, tile, interpret)[:m]
     tile = tiles("backward_values", chip, dy.shape[0], k, grid, size)
     x, dy = (jnp.pad(a, ((0, -a.shape[0] % tile.tokens), (0, 0))) for a in (x, dy))
-    dw = tpu.backward_values(x, dy[: x.shape[0]], rows, grid[2:], tile, interpret)
+    dw = tpu.backward_values(x, dy[: x.shape[0]], rows.reshape(-1), grid, tile, interpret)
     return dx, dw.astype(values.dtype), None
 
 

@@ -6,8 +6,8 @@ import dataclasses
 
 from pallas_kernels.chips import MIB, Chip
 
-RESERVE = 2 * MIB
-"""Kept free for what the compiler spills and for scalar memory."""
+SPILL = 2 * MIB
+"""Room for what the compiler spills, asked for beside the buffers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +26,12 @@ def tiles(kind: str, chip: Chip, m: int, k: int, grid: tuple[int, int, int, int]
 
     grid is (C, R, p, s), size the bytes of an entry. Large token tiles come first, because weights are read again for
     every one of them, then as many columns as keep a step's body within 64 dots and VMEM. For the gradient of the blocks
-    it is the other way round: columns first, because x is read again for every column group.
+    it is the other way round: columns first, because x is read again for every column group. Three tenths of VMEM are left
+    to XLA, which keeps its own operands there.
     """
     columns, count, _, s = grid
     groups = [g for g in range(columns, 0, -1) if columns % g == 0]
-    limit = chip.vmem - RESERVE
+    limit = int(0.7 * chip.vmem)
     tokens = token_tiles(m, size)
     if kind == "backward_values":
         fits = ((t, g) for g in groups for t in tokens if _bytes(kind, t, g, k, grid, size) <= limit)
@@ -38,7 +39,7 @@ def tiles(kind: str, chip: Chip, m: int, k: int, grid: tuple[int, int, int, int]
         few = [g for g in groups if g * count <= 64 and g * s <= 1024] or [1]
         fits = ((t, g) for t in tokens for g in few if _bytes(kind, t, g, k, grid, size) <= limit)
     found = next(fits, None)
-    return None if found is None else Tiles(*found, chip.vmem)
+    return None if found is None else Tiles(*found, _bytes(kind, *found, k, grid, size) * 5 // 4 + SPILL)
 
 
 def token_tiles(m: int, size: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Blocked-ELL products on TPU: y = x W, x' = y W^T, and the gradient of the stored blocks.
 
-values (C, R, p, s) and rows (C, R) stand for W (K, N) of C block columns with R blocks each. A grid step handles G block
+values (C, R, p, s) and index (C R,), the block row of each, stand for W (K, N) of C block columns with R blocks each. A grid step handles G block
 columns at once, because a step costs 500 to 800 cycles however little it does; p and s are multiples of the 128 lanes,
 because blocks are addressed by dynamic lane slices of panels that stay in VMEM.
 """
@@ -22,26 +22,27 @@ BODY = 4096 * 128 * 128
 sixteen times as large took minutes)."""
 
 
-def forward(x: jax.Array, values: jax.Array, rows: jax.Array, tiles: Tiles, interpret: object = False) -> jax.Array:
+def forward(x: jax.Array, values: jax.Array, index: jax.Array, tiles: Tiles, interpret: object = False) -> jax.Array:
     """x (M, K) -> (M, N), accumulated in f32; grid (token tiles, column groups), the x panel stays while columns pass."""
     m, k = x.shape
     columns, count, p, s = values.shape
     bm, group = tiles.tokens, tiles.columns
     stretch = _stretch(count, bm, p, s)
+    together = _stretch(group, bm * count, p, s)
 
-    def kernel(index, x_ref, w_ref, y_ref):
+    def kernel(row_of, x_ref, w_ref, y_ref):
         first = pl.program_id(1) * group * count
 
         def column(g: jax.Array, _: int) -> int:
             def dot(r: jax.Array | int, total: jax.Array) -> jax.Array:
-                row = pl.multiple_of(index[first + g * count + r] * p, p)
+                row = pl.multiple_of(row_of[first + g * count + r] * p, p)
                 return total + jnp.dot(x_ref[:, pl.ds(row, p)], w_ref[g, r], preferred_element_type=jnp.float32)
 
             total = _loop(count, stretch, dot, jnp.zeros((bm, s), jnp.float32))
             y_ref[:, pl.ds(pl.multiple_of(g * s, s), s)] = total.astype(y_ref.dtype)
             return 0
 
-        lax.fori_loop(0, group, column, 0)
+        _loop(group, together, column, 0)
 
     return pl.pallas_call(
         kernel,
@@ -61,11 +62,11 @@ def forward(x: jax.Array, values: jax.Array, rows: jax.Array, tiles: Tiles, inte
         cost_estimate=_cost(x, values, columns * s),
         name="block_sparse_forward",
         interpret=interpret,
-    )(rows.reshape(-1), x, values)
+    )(index, x, values)
 
 
 def backward_x(
-    dy: jax.Array, values: jax.Array, rows: jax.Array, k: int, tiles: Tiles, interpret: object = False
+    dy: jax.Array, values: jax.Array, index: jax.Array, k: int, tiles: Tiles, interpret: object = False
 ) -> jax.Array:
     """dy (M, N) -> dy W^T (M, K): every block adds into its lanes of a panel (tokens, K) that stays in VMEM.
 
@@ -75,8 +76,9 @@ def backward_x(
     columns, count, p, s = values.shape
     bm, group = tiles.tokens, tiles.columns
     stretch = _stretch(count, bm, p, s)
+    together = _stretch(group, bm * count, p, s)
 
-    def kernel(index, dy_ref, w_ref, dx_ref, total):
+    def kernel(row_of, dy_ref, w_ref, dx_ref, total):
         step = pl.program_id(1)
 
         @pl.when(step == 0)
@@ -87,7 +89,7 @@ def backward_x(
             part = dy_ref[:, pl.ds(pl.multiple_of(g * s, s), s)]
 
             def add(r: jax.Array | int, _: int) -> int:
-                row = pl.multiple_of(index[(step * group + g) * count + r] * p, p)
+                row = pl.multiple_of(row_of[(step * group + g) * count + r] * p, p)
                 total[:, pl.ds(row, p)] += lax.dot_general(
                     part, w_ref[g, r], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
                 )
@@ -95,7 +97,7 @@ def backward_x(
 
             return _loop(count, stretch, add, 0)
 
-        lax.fori_loop(0, group, column, 0)
+        _loop(group, together, column, 0)
 
         @pl.when(step == pl.num_programs(1) - 1)
         def _():
@@ -120,22 +122,28 @@ def backward_x(
         cost_estimate=_cost(dy, values, k),
         name="block_sparse_backward_x",
         interpret=interpret,
-    )(rows.reshape(-1), dy, values)
+    )(index, dy, values)
 
 
 def backward_values(
-    x: jax.Array, dy: jax.Array, rows: jax.Array, block: tuple[int, int], tiles: Tiles, interpret: object = False
+    x: jax.Array,
+    dy: jax.Array,
+    index: jax.Array,
+    grid: tuple[int, int, int, int],
+    tiles: Tiles,
+    interpret: object = False,
 ) -> jax.Array:
     """x (M, K), dy (M, N) -> f32 (C, R, p, s): the entries of x^T dy on the support; M is a multiple of tiles.tokens.
 
     Token tiles pass inside while the gradients of a column group stay in VMEM, so x is read once per column group.
     """
     m, k = x.shape
-    columns, count = rows.shape
-    (p, s), bm, group = block, tiles.tokens, tiles.columns
+    columns, count, p, s = grid
+    bm, group = tiles.tokens, tiles.columns
     stretch = _stretch(count, bm, p, s)
+    together = _stretch(group, bm * count, p, s)
 
-    def kernel(index, x_ref, dy_ref, dw_ref):
+    def kernel(row_of, x_ref, dy_ref, dw_ref):
         group_at, token = pl.program_id(0), pl.program_id(1)
 
         @pl.when(token == 0)
@@ -146,7 +154,7 @@ def backward_values(
             part = dy_ref[:, pl.ds(pl.multiple_of(g * s, s), s)]
 
             def add(r: jax.Array | int, _: int) -> int:
-                row = pl.multiple_of(index[(group_at * group + g) * count + r] * p, p)
+                row = pl.multiple_of(row_of[(group_at * group + g) * count + r] * p, p)
                 dw_ref[g, r] += lax.dot_general(
                     x_ref[:, pl.ds(row, p)], part, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
                 )
@@ -154,7 +162,7 @@ def backward_values(
 
             return _loop(count, stretch, add, 0)
 
-        lax.fori_loop(0, group, column, 0)
+        _loop(group, together, column, 0)
 
     return pl.pallas_call(
         kernel,
@@ -180,7 +188,7 @@ def backward_values(
         ),
         name="block_sparse_backward_values",
         interpret=interpret,
-    )(rows.reshape(-1), x, dy)
+    )(index, x, dy)
 
 
 def _loop(count: int, stretch: int, step: Any, carry: Any) -> Any:
