@@ -206,6 +206,12 @@ def test_singular_systems_stay_finite():
         np.testing.assert_allclose(found, w, atol=2e-5 * np.abs(w).max())
 
 
+def test_empty_blocks_do_not_stop_the_descent():
+    w = np.array(normal(0, 12, 18), np.float32)
+    w[:4] = 0
+    assert error(Blast(3, 3).bind(12, 18), w) < 0.95 * error(parse("low_rank(rank=3)").bind(12, 18), w)
+
+
 def test_gauge():
     """Couplings have RMS 1, u and v equal norms and u's largest entry is positive, per rank index."""
     params, _ = project(Blast(3, 4).bind(24, 36), normal(4, 24, 36))
