@@ -62,5 +62,5 @@ def _butterfly(rows: int, columns: int, count: int) -> np.ndarray:
 def _banded(rows: int, columns: int, count: int) -> np.ndarray:
     """`count` consecutive block rows, wrapped round, centred on the diagonal of the grid scaled to rows x columns."""
     column = np.arange(columns)
-    start = ((2 * column + 1) * rows - count * columns) // (2 * columns)
+    start = ((2 * column + 1) * rows - (count - 1) * columns) // (2 * columns)
     return (start[:, None] + np.arange(count)) % rows

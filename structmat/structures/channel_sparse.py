@@ -8,6 +8,7 @@ whose rows in the residual of a truncated SVD have the largest norms keep a dens
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, Literal
 
@@ -209,7 +210,8 @@ def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[..., index].get(unique_indices=True, indices_are_sorted=True)
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)
 def _scatter(z: jax.Array, index: jax.Array, size: int) -> jax.Array:
-    """z `(..., k)` -> `(..., size)`, zero elsewhere."""
+    """z `(..., k)` -> `(..., size)`, zero elsewhere; rematerialised, or the backward pass would keep the zeros."""
     empty = jnp.zeros((*z.shape[:-1], size), z.dtype)
     return empty.at[..., index].add(z, unique_indices=True, indices_are_sorted=True)
