@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from structmat.structures.about import About
 from structmat.structures.base import Bound
-from structmat.structures.fft import convolve, convolve_flops
+from structmat.structures.fft import convolve, convolve_flops, fast_length
 from structmat.structures.leaf import Axes, Leaves, Params, Shape
 from structmat.structures.recipe import Structure
 from structmat.structures.toeplitz import diagonal_sums, shared_mean
@@ -31,7 +31,7 @@ class Circulant(Structure):
         example="circulant()",
         formula="W[i,j] = c[(j − i) mod n]",
         params="n",
-        flops="5 n log₂ n + n/2",
+        flops="5 n log₂ n + n/2 (n of factors 2, 3, 5)",
         nearest="optimal (mean of each wrapped diagonal)",
         sharding="c replicated; rows of x split, features gathered",
         paper="Davis 1979; Cheng et al. 2015",
@@ -47,7 +47,9 @@ class Circulant(Structure):
 class BoundCirculant(Bound):
     """Circulant with sizes. Leaf `c` (n,), declared like a dense factor of fan_in and fan_out n, as `toeplitz` is.
 
-    The product is the FFT one of length n, whatever its factors, in f32 for bf16 and f16 inputs and cast back.
+    The product is by FFT, in f32 for bf16 and f16 inputs and cast back: of length n if n has no prime factor above 5, else
+    of the Toeplitz matrix of the same entries, whose length is free (at n = 4099 an FFT of length n took minutes to compile
+    for a TPU).
     """
 
     last: ClassVar[str] = "c"
@@ -56,8 +58,18 @@ class BoundCirculant(Bound):
     def _leaves(self, in_axes: Axes, out_axes: Axes) -> Leaves:
         return {"c": self.factor((self.d_in,), (None,), self.d_in, self.d_out, share=1)}
 
+    @property
+    def _length(self) -> int:
+        n = self.d_in
+        return n if fast_length(n) == n else fast_length(2 * n - 1)
+
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
-        return convolve(x, params["c"], self.d_in).astype(jnp.result_type(x, params["c"]))
+        c, n = params["c"], self.d_in
+        if self._length == n:
+            y = convolve(x, c, n)
+        else:
+            y = convolve(x, jnp.concatenate([c[1:], c]), self._length)[..., n - 1 : 2 * n - 1]
+        return y.astype(jnp.result_type(x, c))
 
     def rmatmul(self, params: Params, y: jax.Array) -> jax.Array:
         return self.matmul({"c": jnp.roll(params["c"][::-1], 1)}, y)
@@ -84,7 +96,7 @@ class BoundCirculant(Bound):
         return {"c": shared_mean(self, w, _wrapped_sums, in_gram, out_gram)}
 
     def _flops(self, rows: int) -> int:
-        return convolve_flops(rows, self.d_in)
+        return convolve_flops(rows, self._length)
 
     def _materialize_flops(self) -> int:
         return 0

@@ -13,7 +13,7 @@ from jax import lax
 
 from structmat.structures.about import About
 from structmat.structures.errors import StructureError, nearest
-from structmat.structures.fft import fft_flops
+from structmat.structures.fft import by_rows, fft_flops
 from structmat.structures.leaf import Params, Shape
 from structmat.structures.recipe import Structure
 from structmat.structures.transform import BoundTransform, cosine, multiply_mod, need_square
@@ -117,12 +117,12 @@ def _first(x: jax.Array, sine: bool) -> jax.Array:
     if sine:
         zero = jnp.zeros((*x.shape[:-1], 1), x.dtype)
         odd = jnp.concatenate([zero, x, zero, -x[..., ::-1]], -1)
-        return -jnp.fft.rfft(odd).imag[..., 1 : n + 1] * (2 * (n + 1)) ** -0.5
+        return -by_rows(jnp.fft.rfft, odd).imag[..., 1 : n + 1] * (2 * (n + 1)) ** -0.5
     ends = np.ones(n)
     ends[[0, -1]] = math.sqrt(2)
     x = x * jnp.asarray(ends, x.dtype)
     even = jnp.concatenate([x, x[..., -2:0:-1]], -1)
-    return jnp.fft.rfft(even).real * jnp.asarray(1 / (ends * math.sqrt(2 * (n - 1))), x.dtype)
+    return by_rows(jnp.fft.rfft, even).real * jnp.asarray(1 / (ends * math.sqrt(2 * (n - 1))), x.dtype)
 
 
 def _second(x: jax.Array, sine: bool) -> jax.Array:
@@ -130,7 +130,7 @@ def _second(x: jax.Array, sine: bool) -> jax.Array:
     read backwards."""
     n = x.shape[-1]
     odd = x[..., 1::2][..., ::-1]
-    z = jnp.fft.rfft(jnp.concatenate([x[..., ::2], -odd if sine else odd], -1)) * _turns(n, x.dtype)
+    z = by_rows(jnp.fft.rfft, jnp.concatenate([x[..., ::2], -odd if sine else odd], -1)) * _turns(n, x.dtype)
     y = jnp.concatenate([z.real, -z.imag[..., (n - 1) // 2 : 0 : -1]], -1)
     return y[..., ::-1] if sine else y
 
@@ -140,7 +140,8 @@ def _third(x: jax.Array, sine: bool) -> jax.Array:
     n = x.shape[-1]
     x = x[..., ::-1] if sine else x
     ahead = jnp.concatenate([jnp.zeros((*x.shape[:-1], 1), x.dtype), x[..., : (n - 1) // 2 : -1]], -1)
-    v = jnp.fft.irfft(lax.complex(x[..., : n // 2 + 1], -ahead[..., : n // 2 + 1]) * _turns(n, x.dtype, -1), n=n)
+    z = lax.complex(x[..., : n // 2 + 1], -ahead[..., : n // 2 + 1]) * _turns(n, x.dtype, -1)
+    v = by_rows(lambda z: jnp.fft.irfft(z, n=n), z)
     odd = v[..., (n + 1) // 2 :][..., ::-1]
     return _interleave(v[..., : (n + 1) // 2], -odd if sine else odd)
 
@@ -154,7 +155,8 @@ def _fourth(x: jax.Array, sine: bool) -> jax.Array:
         return _fourth_odd(x, sine)
     k = np.arange(n // 2)
     turn = jnp.asarray(np.exp(-1j * np.pi * (8 * k + 1) / (8 * n)), jnp.result_type(x.dtype, jnp.complex64))
-    z = jnp.fft.fft(lax.complex(x[..., ::2], x[..., ::-1][..., ::2]) * turn, norm="ortho") * turn
+    z = lax.complex(x[..., ::2], x[..., ::-1][..., ::2]) * turn
+    z = by_rows(lambda z: jnp.fft.fft(z, norm="ortho"), z) * turn
     odd = z.imag[..., ::-1]
     return _interleave(z.real, odd if sine else -odd)
 
@@ -169,7 +171,7 @@ def _fourth_odd(x: jax.Array, sine: bool) -> jax.Array:
     folded = np.where(folded > 2 * n, 4 * n - folded, folded)
     k = np.arange(n)
     turn = np.exp(-2j * np.pi * (2 * k + 1) / (8 * n)) * math.sqrt(2 / n) * ((-1.0) ** k if sine else 1)
-    z = jnp.fft.rfft(x[..., (folded - 1) // 2] * jnp.asarray(sign, x.dtype))
+    z = by_rows(jnp.fft.rfft, x[..., (folded - 1) // 2] * jnp.asarray(sign, x.dtype))
     at = (2 * k + 1) % n
     turn = np.where(at > n // 2, turn.conj(), turn)
     full = z[..., np.minimum(at, n - at)]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from structmat.structures.about import About
-from structmat.structures.fft import fft_flops
+from structmat.structures.fft import by_rows, fft_flops
 from structmat.structures.leaf import Params, Shape
 from structmat.structures.recipe import Structure
 from structmat.structures.transform import BoundTransform, cosine, multiply_mod, need_square
@@ -21,7 +21,7 @@ class Fourier(Structure):
     """`fourier(inverse=False)`: F[j, k] = exp(-2 pi i j k / n) / sqrt(n), unitary and symmetric; the inverse conjugates.
 
     Square, no parameters, complex output of real or complex input: complex64, or complex128 of f64 input. A bf16 or f16
-    input is transformed in f32 and gives complex64.
+    input is transformed in f32 and gives complex64. Sizes with large prime factors are slow to compile for TPUs.
     """
 
     inverse: bool = False
@@ -51,7 +51,7 @@ class BoundFourier(BoundTransform):
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
         transform = jnp.fft.ifft if self.structure.inverse else jnp.fft.fft
-        return transform(x.astype(jnp.promote_types(x.dtype, jnp.complex64)), norm="ortho")
+        return by_rows(lambda x: transform(x, norm="ortho"), x.astype(jnp.promote_types(x.dtype, jnp.complex64)))
 
     def rmatmul(self, params: Params, y: jax.Array) -> jax.Array:
         return self.matmul(params, y)

@@ -94,6 +94,7 @@ CASES = [
     ("toeplitz()", (3, 5), 7),
     ("transpose(toeplitz())", 9, 16),
     ("circulant()", 15, 15),
+    ("circulant()", 11, 11),
     ("diagonal() @ dct() @ circulant() @ hadamard()", 16, 16),
 ]
 

@@ -336,6 +336,7 @@ def test_lengths_of_ffts_are_fast():
     [
         ("toeplitz()", 512, 512, 1023, lambda r: (2 * r + 1) * 5 * 1024 * 10 // 2 + r * 513),
         ("circulant()", 1024, 1024, 1024, lambda r: (2 * r + 1) * 5 * 1024 * 10 // 2 + r * 513),
+        ("circulant()", 509, 509, 509, lambda r: (2 * r + 1) * 5 * 1024 * 10 // 2 + r * 513),
         ("fourier()", 1024, 1024, 0, lambda r: r * 5 * 1024 * 10),
         ("dct()", 1024, 1024, 0, lambda r: r * (5 * 1024 * 10 // 2 + 513)),
         ("dct(kind=4)", 1024, 1024, 0, lambda r: r * (5 * 512 * 9 + 1024)),
