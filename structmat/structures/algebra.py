@@ -76,10 +76,10 @@ class BoundSum(Bound):
         return [(str(i), t) for i, t in enumerate(self.terms)]
 
     def _trainable(self) -> int:
-        return sum(_trains(t) for t in self.terms)
+        return sum(trains(t) for t in self.terms)
 
     def _gains(self, gain: float) -> list[float]:
-        moves = [_trains(t) and _scales(t) for t in self.terms]
+        moves = [trains(t) and scales(t) for t in self.terms]
         split = gain * max(self._trainable(), 1) ** -0.5 if all(moves) else 0.0
         return [split if m and t.structure.init != "paper" else gain for m, t in zip(moves, self.terms)]
 
@@ -88,7 +88,7 @@ class BoundSum(Bound):
         share = lambda leaf: dataclasses.replace(leaf, share=leaf.share * k)
         return {
             name: map_leaves(share, term.leaves(in_axes, out_axes, g))
-            if _trains(term)
+            if trains(term)
             else term.leaves(in_axes, out_axes, g)
             for (name, term), g in zip(self._named(), self._gains(gain))
         }
@@ -195,7 +195,8 @@ def _alternate(
     return jax.lax.while_loop(going, sweep, start)[2]
 
 
-def _trains(bound: Bound) -> bool:
+def trains(bound: Bound) -> bool:
+    """Whether any leaf trains."""
     return any(leaf.trainable for _, leaf in flatten_leaves(bound.leaves()))
 
 
@@ -247,9 +248,9 @@ class BoundProduct(Bound):
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
         ga, gb = self._gains(gain)
         a, b = self.a.leaves(in_axes, None, ga), self.b.leaves(None, out_axes, gb)
-        both = _trains(self.a) and _trains(self.b)
+        both = trains(self.a) and trains(self.b)
         add = lambda n: lambda leaf: dataclasses.replace(leaf, share=leaf.share + n) if both else leaf
-        return {"0": map_leaves(add(_most_share(b)), a), "1": map_leaves(add(_most_share(a)), b)}
+        return {"0": map_leaves(add(most_share(b)), a), "1": map_leaves(add(most_share(a)), b)}
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32, gain: float = 1.0) -> dict[str, Any]:
         ka, kb = jax.random.split(key)
@@ -258,7 +259,7 @@ class BoundProduct(Bound):
 
     def _gains(self, gain: float) -> tuple[float, float]:
         """A gain acts on the second factor, or on the first where only that trains or can be scaled."""
-        first = (_trains(self.a) and not _trains(self.b)) or (_scales(self.a) and not _scales(self.b))
+        first = (trains(self.a) and not trains(self.b)) or (scales(self.a) and not scales(self.b))
         return (gain, 1.0) if first else (1.0, gain)
 
     @property
@@ -288,7 +289,8 @@ class BoundProduct(Bound):
         return self.a._materialize_flops() + self.b._flops(self.d_in)
 
 
-def _scales(bound: Bound) -> bool:
+def scales(bound: Bound) -> bool:
+    """Whether a gain can act on it."""
     try:
         bound.leaves(gain=0.5)
     except StructureError:
@@ -296,5 +298,6 @@ def _scales(bound: Bound) -> bool:
     return True
 
 
-def _most_share(leaves: Leaves) -> int:
+def most_share(leaves: Leaves) -> int:
+    """Trainable factors of the longest chain in it."""
     return max((leaf.share for _, leaf in flatten_leaves(leaves)), default=0)
