@@ -9,6 +9,9 @@ they cite; x is (batch, *space, cin) throughout.
 | spatial | (kh, cin) | (kw, cout) | kh x 1 to r channels, then 1 x kw (Jaderberg et al. 2014) |
 | decoupled | (cin,) | (cout, *k) | 1 x 1 to r channels, then a convolution; per output channel, as
   block_low_rank(in_blocks=1, out_blocks=cout, rank=r), pointwise then depthwise (Guo et al. 2018) |
+
+Under `channel` the axes (*k, cin) are also those of a tensor: tucker is 1 x 1 to r channels, a small convolution, 1 x 1
+(Kim et al. 2016), cp is 1 x 1, one depthwise convolution per spatial axis, 1 x 1 (Lebedev et al. 2015).
 """
 
 from __future__ import annotations
@@ -26,11 +29,13 @@ from jax import lax
 from structmat.structures.algebra import BoundSum
 from structmat.structures.base import Bound
 from structmat.structures.block_low_rank import BoundBlockLowRank
+from structmat.structures.cp import BoundCP, khatri_rao
 from structmat.structures.dense import BoundDense
 from structmat.structures.errors import StructureError, suggest
 from structmat.structures.leaf import Params, Shape
 from structmat.structures.low_rank import BoundLowRank
 from structmat.structures.spectral import BoundSpectral
+from structmat.structures.tucker import BoundTucker
 from structmat.structures.wrappers import BoundFrozen, BoundScaled
 
 View = Literal["channel", "spatial", "decoupled"]
@@ -196,11 +201,36 @@ def _block_low_rank(
     return convolve(z, jnp.moveaxis(kernel, (0, 1), (-1, -2)), geometry, groups=cout)
 
 
+def _tucker(bound: BoundTucker, params: Params, x: jax.Array, geometry: Geometry, view: View) -> jax.Array:
+    axes, (spatial, rank) = len(geometry.window), (params["core"], bound.format.ranks)
+    for k in range(axes):
+        spatial = jnp.moveaxis(jnp.tensordot(params[f"factor{k}"], spatial, ((1,), (k,))), 0, k)
+    kernel = spatial.reshape(*geometry.window, rank[axes], -1)
+    y = convolve(x @ params[f"factor{axes}"], kernel, geometry)
+    y = y.reshape(*y.shape[:-1], *rank[axes + 1 :])
+    for k in range(axes + 1, len(rank)):
+        y = jnp.tensordot(y, params[f"factor{k}"], ((y.ndim - len(rank) + axes + 1,), (1,)))
+    return y.reshape(*y.shape[: axes + 1], -1)
+
+
+def _cp(bound: BoundCP, params: Params, x: jax.Array, geometry: Geometry, view: View) -> jax.Array:
+    factors = [params[f"factor{k}"] for k in range(len(bound.format.axes))]
+    *spatial, channels = factors[: bound.inputs]
+    y = x @ channels
+    for k, factor in enumerate(spatial):
+        window = [1] * len(spatial)
+        window[k] = factor.shape[0]
+        y = convolve(y, factor.reshape(*window, 1, -1), geometry.axis(k), groups=factor.shape[1])
+    return y @ khatri_rao(factors[bound.inputs :]).T
+
+
 def _factors(bound: Bound, view: View) -> Factored | None:
     """The factor convolutions of a structure under a view."""
     if isinstance(bound, BoundBlockLowRank):
         per_output = view == "decoupled" and bound.in_blocks == 1 and bound.order == "blocked"
         return _block_low_rank if per_output and bound.out_blocks == bound.out_shape[0] else None
+    if isinstance(bound, BoundTucker | BoundCP):
+        return None if view != "channel" else _tucker if isinstance(bound, BoundTucker) else _cp
     return _FACTORED.get(type(bound))
 
 
