@@ -34,7 +34,7 @@ from structmat.structures.sparse_coding import (
     fit_of,
     ksvd_rounds,
     orthonormal_rounds,
-    sort_code,
+    refit,
     spectral_start,
 )
 from structmat.structures.sparse_products import gather_product, scatter_product
@@ -162,17 +162,12 @@ class BoundDictionary(Bound):
         self.check_dense(w)
         if jnp.iscomplexobj(w):
             raise StructureError("dictionary: cannot project a complex matrix; project its real and imaginary parts")
-        lr, li = (None, None) if in_gram is None else gram_roots(in_gram, self.d_in, "in_gram")
-        rr, ri = (None, None) if out_gram is None else diagonal_roots(out_gram, self.d_out, "out_gram", "dictionary")
-        wide = working_dtype(w)
-        t = scale_columns(scale_rows(lr, w.astype(wide)), rr)
-        old = None
-        if like is not None:
-            d, values = scale_rows(lr, like["dictionary"].astype(wide)), like["values"].astype(wide)
-            old = d, (values if rr is None else values * rr[:, None], like["rows"])
-        d, values, rows = _solve(t, *self._sizes, old)
-        values = values if ri is None else values * ri[:, None]
-        new = {"dictionary": scale_rows(li, d).astype(w.dtype), "values": values.astype(w.dtype), "rows": rows}
+        left = None if in_gram is None else gram_roots(in_gram, self.d_in, "in_gram")[0]
+        right = None
+        if out_gram is not None:
+            right = diagonal_roots(out_gram, self.d_out, "out_gram", self.structure.name)[0]
+            right = jnp.maximum(right, jnp.finfo(right.dtype).eps * jnp.max(right))  # columns not seen follow w
+        new = _solve(w, left, right, like, *self._sizes)
         return keep_better(self, w, new, like, in_gram, out_gram)
 
     def _flops(self, rows: int) -> int:
@@ -183,14 +178,33 @@ class BoundDictionary(Bound):
         return 2 * self.d_in * self.structure.atoms * self.d_out
 
 
-@jit_projection(1, 2)
-def _solve(t: jax.Array, k: int, count: int, like: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Dictionary, values and rows for T, from `like` = (dictionary, code) or None."""
-    start = spectral_start(t, k, count)
-    old = start if like is None else fit_of(t, *like)
+@jit_projection(4, 5)
+def _solve(
+    w: jax.Array, left: jax.Array | None, right: jax.Array | None, like: Params | None, k: int, count: int
+) -> dict[str, jax.Array]:
+    """Parameters for |left (w - M) right|, from `like` or the better start."""
+    wide = w.astype(working_dtype(w))
+    t = scale_columns(scale_rows(left, wide), right)
+    fit = spectral_start(t, k, count)
+    old = fit
+    if like is not None:
+        values = like["values"].astype(t.dtype)
+        code = values if right is None else values * right[:, None], like["rows"]
+        old = fit_of(t, scale_rows(left, like["dictionary"].astype(t.dtype)), code)
     if k <= t.shape[0] and count < k:
-        start = orthonormal_rounds(t, start, start.error <= old.error)
-    d, (values, rows), _ = ksvd_rounds(t, better(old, start))
+        fit = orthonormal_rounds(t, fit, fit.error <= old.error)
+    fit = ksvd_rounds(t, better(old, fit))
+    z = dense_code(fit.code, k)
+    if left is None:
+        d, (values, rows), _ = better(fit_of(t, refit(t, z), fit.code), fit)
+    else:
+        # The least-squares dictionary of the code, which no gram enters: it loses nothing to their condition.
+        d, (values, rows) = refit(scale_columns(wide, right), z), fit.code
+        norms = jnp.linalg.norm(scale_rows(left, d), axis=0)
+        d, values = jnp.where(norms > 0, d / jnp.where(norms > 0, norms, 1), d), values * norms[rows]
     peak = jnp.take_along_axis(d, jnp.argmax(jnp.abs(d), axis=0, keepdims=True), axis=0)
     sign = jnp.where(peak < 0, -1, 1).astype(d.dtype)
-    return d * sign, *sort_code(values * sign[0, rows], rows)
+    values = values * sign[0, rows]
+    if right is not None:
+        values = jnp.where(right[:, None] > 0, values / jnp.where(right > 0, right, 1)[:, None], 0)
+    return {"dictionary": (d * sign).astype(w.dtype), "values": values.astype(w.dtype), "rows": rows}

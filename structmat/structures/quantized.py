@@ -224,7 +224,10 @@ class BoundQuantized(Bound):
         # The gram across the lines weighs whole groups, whose fits do not depend on it.
         within = in_gram if self._inward else out_gram
         wide = working_dtype(w)
-        weights = jnp.ones((groups, 1), wide) if within is None else within.astype(wide).reshape(groups, group)
+        weights = jnp.ones((groups, 1), wide)
+        if within is not None:
+            weights = within.astype(wide).reshape(groups, group)
+            weights = jnp.where(jnp.any(weights > 0, axis=1, keepdims=True), weights, 1)
         x = (w.T if self._inward else w).astype(wide).reshape(lines, groups, group)
         floats, codes = self._fit(x, weights)
         new = {"codes": pack(codes.reshape(lines, -1), self.structure.bits)}

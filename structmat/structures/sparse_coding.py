@@ -176,15 +176,18 @@ def ksvd_round(t: jax.Array, fit: Fit) -> Fit:
     lower = jnp.sum(residual(t, d, fresh) ** 2, axis=0) < jnp.sum(residual(t, d, (values, rows)) ** 2, axis=0)
     code = jax.tree.map(lambda a, b: jnp.where(lower[:, None], a, b), fresh, (values, rows))
     coded = fit_of(t, d, code)
-    refitted = better(fit_of(t, _refit(t, dense_code(code, k)), code), coded)
+    refitted = better(fit_of(t, refit(t, dense_code(code, k)), code), coded)
     return _update_atoms(t, refitted)
 
 
-def _refit(t: jax.Array, z: jax.Array) -> jax.Array:
-    """The least-squares dictionary for a given Z: T Z^T (Z Z^T)^-1, with a ridge at the level of rounding."""
-    gram = z @ z.T
-    ridge = jnp.finfo(t.dtype).eps * jnp.trace(gram)
-    return jax.scipy.linalg.solve(gram + ridge * jnp.eye(len(gram), dtype=t.dtype), z @ t.T, assume_a="pos").T
+def refit(t: jax.Array, z: jax.Array) -> jax.Array:
+    """The least-squares dictionary for a given Z: T Z^T (Z Z^T)^-1, rows of Z scaled alike and a ridge of rounding size."""
+    norms = jnp.linalg.norm(z, axis=1)
+    inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
+    unit = z * inverse[:, None]
+    k = len(z)
+    gram = unit @ unit.T + k * jnp.finfo(t.dtype).eps * jnp.eye(k, dtype=t.dtype)
+    return jax.scipy.linalg.solve(gram, unit @ t.T, assume_a="pos").T * inverse
 
 
 def _update_atoms(t: jax.Array, fit: Fit) -> Fit:
