@@ -120,3 +120,12 @@ class Structure:
         from structmat.structures.algebra import Product
 
         return Product(self, other) if isinstance(other, Structure) else NotImplemented
+
+    def __mul__(self, other: Structure) -> Structure:
+        from structmat.structures.elementwise import Elementwise
+
+        if isinstance(other, int | float):
+            raise StructureError(f"* multiplies two structures entry by entry; write scaled({self.short()}, s={other})")
+        return Elementwise(self, other) if isinstance(other, Structure) else NotImplemented
+
+    __rmul__ = __mul__

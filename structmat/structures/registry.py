@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from structmat.structures.algebra import Product
+from structmat.structures.elementwise import Elementwise
 from structmat.structures.fit import Fit
 from structmat.structures.masked import Masked
 from structmat.structures.normalized import Dora, FakeQuantized, WeightNorm
@@ -56,6 +57,7 @@ FAMILIES: dict[str, type[Structure]] = {module: _family(module) for module in _M
 
 COMBINATORS: dict[str, type[Structure]] = {
     "dora": Dora,
+    "elementwise": Elementwise,
     "fake_quantized": FakeQuantized,
     "fit": Fit,
     "frozen": Frozen,

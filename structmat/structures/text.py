@@ -10,10 +10,12 @@ import dataclasses
 from typing import Any, NoReturn
 
 from structmat.structures.algebra import Product, Sum
+from structmat.structures.elementwise import Elementwise
 from structmat.structures.errors import StructureError, suggest
 from structmat.structures.recipe import Structure
 from structmat.structures.registry import CONSTRUCTORS
 
+OPERATORS = {ast.Add: Sum.of, ast.MatMult: Product, ast.Mult: Elementwise}
 MAX_LENGTH = 10_000
 MAX_DEPTH = 200
 
@@ -58,14 +60,23 @@ class _Builder:
         raise StructureError(_mark(self.text, column, message))
 
     def structure(self, node: ast.expr) -> Structure:
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.MatMult):
-            left, right = self.structure(node.left), self.structure(node.right)
-            return Sum.of(left, right) if isinstance(node.op, ast.Add) else Product(left, right)
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            self.refuse_number(node)
+            return OPERATORS[type(node.op)](self.structure(node.left), self.structure(node.right))
         if isinstance(node, ast.Name):
             return self.call(node, node.id, [], [])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             return self.call(node, node.func.id, node.args, node.keywords)
-        self.fail(node, "expected a structure such as low_rank(rank=8), combined with + or @")
+        self.fail(node, "expected a structure such as low_rank(rank=8), combined with +, @ or *")
+
+    def refuse_number(self, node: ast.BinOp) -> None:
+        """Answer 0.5 * dense() with the constructor that scales."""
+        if not isinstance(node.op, ast.Mult):
+            return
+        for number, other in ((node.left, node.right), (node.right, node.left)):
+            if isinstance(number, ast.Constant) and type(number.value) in (int, float):
+                scaled = f"scaled({ast.unparse(other)}, s={number.value})"
+                self.fail(number, f"* multiplies two structures entry by entry; write {scaled}")
 
     def call(self, node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Structure:
         if name not in CONSTRUCTORS:

@@ -16,7 +16,8 @@ import numpy as np
 
 import structmat
 from structmat.structures import Bound
-from structmat.structures.algebra import BoundProduct
+from structmat.structures.algebra import BoundProduct, BoundSum
+from structmat.structures.elementwise import BoundElementwise
 from structmat.structures.wrappers import Wrapper
 
 CASES = [
@@ -73,6 +74,10 @@ CASES = [
     ("low_rank(rank=2) + monarch(blocks=2) + tensor_train(rank=1)", 16, 24),
     ("diagonal() @ low_rank(rank=2) @ frozen(diagonal())", 16, 24),
     ("product(block_diagonal(blocks=3), spectral(rank=2), inner=9)", 12, 20),
+    ("low_rank(rank=2) * low_rank(rank=3)", 16, 24),
+    ("dense() * monarch(blocks=2, order='blocked')", 16, 12),
+    ("frozen(dense()) * transpose(spectral(rank=2)) + low_rank(rank=1)", 16, 24),
+    ("diagonal() * (dense() + low_rank(rank=2))", 12, 12),
     ("fit(low_rank() + kronecker(), params=0.5)", 16, 24),
     ("low_rank(rank=4, init='paper') + random_sparse(density=0.125, init='paper')", 24, 16),
     ("transpose(random_sparse(density=0.25, select='magnitude'))", 24, 16),
@@ -176,8 +181,9 @@ def split(params: dict[str, Any]) -> tuple[list[jax.Array], Any]:
 
 
 def projects(bound: Bound) -> bool:
-    """Whether the family has a projection: all but the product of two structures."""
-    return not isinstance(bound, BoundProduct) and not (isinstance(bound, Wrapper) and not projects(bound.inner))
+    """Whether the family has a projection: all but the products of two structures."""
+    parts = bound.terms if isinstance(bound, BoundSum) else (bound.inner,) if isinstance(bound, Wrapper) else ()
+    return not isinstance(bound, BoundProduct | BoundElementwise) and all(map(projects, parts))
 
 
 def rows(case: Case, *leading: int, seed: int = 7) -> jax.Array:

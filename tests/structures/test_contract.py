@@ -12,6 +12,7 @@ import structmat
 from structmat.structures import flatten_leaves, map_leaves
 from structmat.structures.algebra import BoundProduct, BoundSum
 from structmat.structures.composite import Composite
+from structmat.structures.elementwise import BoundElementwise
 from structmat.structures.leaf import count_params
 from structmat.structures.wrappers import BoundScaled, Wrapper
 from tests.structures.cases import (
@@ -229,6 +230,8 @@ def stated_power(bound, leaves):
         return sum(stated_power(t, leaves[str(i)]) for i, t in enumerate(bound.terms))
     if isinstance(bound, BoundProduct):
         return stated_power(bound.a, leaves["0"]) * stated_power(bound.b, leaves["1"])
+    if isinstance(bound, BoundElementwise):
+        return stated_power(bound.a, leaves["0"]) * stated_power(bound.b, leaves["1"]) / bound.d_in
     if isinstance(bound, BoundScaled):
         return bound.structure.s**2 * stated_power(bound.inner, leaves)
     if isinstance(bound, Wrapper) and bound.structure.name == "frozen":

@@ -91,7 +91,7 @@ MALFORMED = [
     ("low_rank(rank=nan)", "unknown structure 'nan'"),
     ("low_rank(8, rank=8)", "low_rank: rank is given twice"),
     ("low_rank(8, 9)", "low_rank takes 1 positional arguments, got 2"),
-    ("low_rank(8) * dense()", "expected a structure such as low_rank(rank=8), combined with + or @"),
+    ("low_rank(8) - dense()", "expected a structure such as low_rank(rank=8), combined with +, @ or *"),
     ("2 @ dense()", "expected a structure"),
     ("dense() + 3", "  dense() + 3\n            ^"),
     ("monarch(blocks=4, order='papr')", "monarch: order got 'papr'; did you mean 'paper'? valid: blocked, paper"),
