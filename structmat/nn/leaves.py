@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from structmat.nn.sites import merge
+from structmat.nn.sites import branches, merge
 from structmat.structures import Bound, Leaf
 from structmat.structures.leaf import Axes, map_leaves
 
@@ -80,7 +80,7 @@ def declare(
         init = lambda part=part, value=value, name=name: _box(part, {name: value}, boxed, False)[name]
         held = module.variable("frozen", name, init).value
         found = merge(found, {name: held})
-    return found
+    return merge(branches(leaves), found)
 
 
 def _box(

@@ -105,7 +105,10 @@ def product(bound: Bound, params: Any, x: jax.Array, path: str = "auto") -> jax.
     """x `(..., d_in)` -> `(..., d_out)` by the path named, or the one `choose_path` names."""
     if path == "auto":
         path, _ = choose_path(bound, math.prod(x.shape[:-1]))
-    return bound.matmul(params, x) if path == "factored" else x @ bound.materialize(params)
+    if path == "factored":
+        return bound.matmul(params, x)
+    w = bound.materialize(params)
+    return x @ (w if bound.is_complex else w.astype(x.dtype))  # a transform without leaves has no dtype of its own
 
 
 class StructuredEmbed(nn.Module):
@@ -134,7 +137,7 @@ class StructuredEmbed(nn.Module):
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise StructureError(f"embedding ids must be integers, got {ids.dtype}")
         dtype = compute_dtype(self.dtype, jnp.zeros((), self.param_dtype), self.table)
-        rows = self.bound.take(cast(self.table, dtype), ids)
+        rows = self.bound.take(cast(self.table, dtype), ids).astype(dtype)
         if self.has_variable(PROBE, "weight"):
             rows = rows + self.get_variable(PROBE, "weight").astype(dtype)[ids]
         return rows

@@ -121,16 +121,22 @@ def leaf_groups(table: Mapping[str, Site]) -> dict[tuple[str, ...], tuple[str, S
 
 def site_params(variables: Mapping[str, Any], path: str, site: Site) -> dict[str, Any]:
     """The site's own parameters (trainable and frozen merged) out of a model's variables."""
-    found: dict[str, Any] = {}
-    names = set(site.bound.leaves())
+    leaves = site.bound.leaves()
+    found = branches(leaves)
     for collection in ("params", "frozen"):
         node: Any = variables.get(collection, {})
         for part in array_path(path, site):
             node = node.get(part, {})
-        found = merge(found, {n: v for n, v in node.items() if n in names})
+        found = merge(found, {n: v for n, v in node.items() if n in leaves})
     if site.stack is not None:
         found = jax.tree.map(lambda a: a[site.stack.index], found)
     return found
+
+
+def branches(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nesting of `leaves` without its arrays: collections hold no part that has none (a fixed transform in a
+    product), while the structure looks for its branch."""
+    return {name: branches(leaf) for name, leaf in leaves.items() if isinstance(leaf, Mapping)}
 
 
 def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from structmat.nn import StructuredDense, StructuredDenseGeneral, StructuredEmbed, choose_path, sites
+from structmat.nn.sites import site_params
 from structmat.parallel import make_mesh, on_mesh, shardings
 from structmat.structures import StructureError, parse
 
@@ -144,3 +145,25 @@ def test_both_sides_may_share_an_axis_on_a_mesh():
     kernel = held["params"]["1"]["kernel"]
     assert boxed["params"]["1"]["kernel"].names == ("embed", "embed")
     assert kernel.addressable_shards[0].data.shape == (2, 16)
+
+
+TRANSFORMS = ["dct()", "hadamard() @ dct()", "diagonal() @ dct()", "low_rank(rank=2) + hadamard()"]
+
+
+@pytest.mark.parametrize("text", TRANSFORMS)
+@pytest.mark.parametrize("path", ["factored", "dense"])
+def test_transforms_without_leaves(text, path):
+    """They are stored as nothing, and computed in the dtype of the module though they materialise in f32."""
+    x = jax.random.normal(KEY, (3, 16)).astype(jnp.bfloat16)
+    layer = nn.Sequential([StructuredDense(16, structure=text, use_bias=False, dtype=jnp.bfloat16, path=path)])
+    held = variables(layer, x)
+    ((where, site),) = sites(layer, x).items()
+    params = site_params(held, where, site)
+    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(site.bound.init, KEY))
+    y = jax.jit(layer.apply)(held, x)
+    assert y.dtype == jnp.bfloat16
+    expected = np.asarray(x, np.float32) @ site.bound.materialize(params)
+    np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=0.1)
+    embed = StructuredEmbed(16, 16, structure=text, dtype=jnp.bfloat16)
+    rows = embed.apply(variables(embed, jnp.arange(3)), jnp.arange(3))
+    assert (rows.shape, rows.dtype) == ((3, 16), jnp.bfloat16)
