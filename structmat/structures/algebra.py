@@ -19,8 +19,10 @@ from structmat.structures.linalg import jit_projection, working_dtype
 from structmat.structures.recipe import Structure
 from structmat.structures.wrappers import Frozen, Scaled, Transpose
 
-SWEEPS = 20
+SWEEPS = 50
 """Alternating sweeps a sum's projection runs at most; each keeps or lowers the error."""
+GAIN = 1e-7
+"""A sweep that lowers the error by less than this share of it is the last, so stopping early costs less than 5e-6."""
 _LEVELS = ("none", "diagonal", "full")
 """`Bound.grams` by the number of axes of the gram."""
 
@@ -123,8 +125,8 @@ class BoundSum(Bound):
         A step is kept only where it lowers the (weighted) error, so the error never rises, and the result is never worse
         than `like` (default: terms projected greedily in text order). Where the terms' own projections are optimal every
         step is the global optimum of its block given the others (block coordinate descent; GoDec, Zhou and Tao 2011,
-        for low rank plus sparse): at equal sweeps the error is that of the alternating reference. The end is a point no
-        single term improves on by more than 1e-6, or sweep number 20; not a proven optimum. Grams need every term to
+        for low rank plus sparse): at equal sweeps the error is that of the alternating reference. It ends where a
+        sweep gains less than GAIN, or after SWEEPS of them; not a proven optimum. Grams need every term to
         take them in closed form.
         """
         self.check_dense(w)
@@ -146,7 +148,7 @@ class BoundSum(Bound):
             else:
                 params[name] = jax.tree.map(functools.partial(_widened, dtype=rest.dtype), like[name])
             rest = rest - term.materialize(params[name])
-        params = _alternate(self, params, rest, keys, grams)
+        params = _alternate(self, SWEEPS, params, rest, keys, grams)
         if target.dtype == w.dtype:
             return params
         own = jax.eval_shape(functools.partial(self.init, dtype=w.dtype), jax.random.key(0))
@@ -165,15 +167,16 @@ def _widened(value: jax.Array, dtype: Any) -> jax.Array:
     return value.astype(jnp.promote_types(value.dtype, dtype)) if value.dtype in (jnp.bfloat16, jnp.float16) else value
 
 
-@jit_projection(0)
+@jit_projection(0, 1)
 def _alternate(
     bound: BoundSum,
+    sweeps: int,
     params: dict[str, Any],
     rest: jax.Array,
     keys: jax.Array,
     grams: tuple[jax.Array | None, jax.Array | None],
 ) -> dict[str, Any]:
-    """Sweeps over the terms until a sweep lowers the error by less than 1e-6 of it; `rest` = w - materialize(params)."""
+    """At most `sweeps` over the terms, until one lowers the error by less than GAIN of it; `rest` = w - materialize(params)."""
     size = lambda rest: jnp.sqrt(jnp.maximum(squared_error(rest, *grams), 0))
 
     def sweep(carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -188,9 +191,9 @@ def _alternate(
             pick = lambda fresh, old: jnp.where(better, fresh, old).astype(old.dtype)  # noqa: B023, called at once
             params[name] = jax.tree.map(pick, new, params[name])
             rest, error = jnp.where(better, new_rest, rest), jnp.where(better, new_error, error)
-        return count + 1, before - error > 1e-6 * before, params, rest, error
+        return count + 1, before - error > GAIN * before, params, rest, error
 
-    going = lambda carry: (carry[0] < SWEEPS) & carry[1]
+    going = lambda carry: (carry[0] < sweeps) & carry[1]
     start = (jnp.zeros((), jnp.int32), jnp.array(True), params, rest, size(rest))
     return jax.lax.while_loop(going, sweep, start)[2]
 
