@@ -120,7 +120,7 @@ def test_sum_agrees_on_many_meshes():
     agree(SUM, MANY)
 
 
-@pytest.mark.parametrize("name", ["low_rank", "random_sparse"])
+@pytest.mark.parametrize("name", ["low_rank", "random_sparse", "block_sparse", "channel_sparse"])
 def test_sharded_initialisation_draws_the_same(name):
     model = StructuredDense(SIZE, TEXTS[name], in_axes="embed", out_axes="mlp")
     init = lambda: unbox(model.init(jax.random.key(3), jnp.zeros((1, SIZE))))
