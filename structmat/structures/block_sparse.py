@@ -30,9 +30,9 @@ class BlockSparse(Structure):
       random: drawn per block column from a key folded with the column.
       magnitude: random at init; `project` takes the blocks of largest norm.
       butterfly: the flat block butterfly of Pixelated Butterfly (Chen et al. 2022, arXiv 2112.00029): block i reads
-        itself and the blocks whose number differs from i in one of the lowest digits, so k = 1 + the number of strides
-        on a power-of-two grid. Other sizes use the digits of gcd(block rows, block columns) in its prime factors and
-        stretch: each digit group stands for rows / gcd block rows and columns / gcd block columns. The paper's layer is
+        itself and the blocks whose number differs from i in one of the lowest binary digits, so k = 1 + the number of
+        strides. On other grids the digits are those of gcd(block rows, block columns) nodes in its prime factors, and a
+        node stands for rows / gcd block rows and columns / gcd block columns. The paper's layer is
         `block_sparse(..., pattern='butterfly') + low_rank(rank)`.
       banded: k consecutive blocks round the diagonal (scaled where the grid is not square), wrapped round at the ends so
         that all inputs are read equally often on a square grid.

@@ -44,7 +44,7 @@ class ChannelSparse(Structure):
         params="d n m, and d n or d m int32 indices",
         flops="2 d n m",
         nearest="optimal on its channels, select='norm' of all; diagonal grams, full on the side that is not selected",
-        sharding="axis='in' over m, axis='out' over n; no gather across devices where that side is the one split",
+        sharding="axis='in' over m, axis='out' over n; row-parallel reduces the kept entries alone",
         paper="Li et al. 2025 (LOST)",
         when="outlier channels beside a low-rank term",
     )
@@ -77,9 +77,10 @@ class ChannelSparse(Structure):
 class BoundChannelSparse(Bound):
     """Channel sparse with sizes: leaves `values`, (k, d_out) or (d_in, k), and the frozen int32 `index` (k,), ascending.
 
-    Only the whole side of `values` names a logical axis. The channels may lie on any device, so a product that gathers
-    or scatters along a split side pays for it (one reduction of the k gathered entries per row): use axis='in' where
-    the output is split over devices (column-parallel) and axis='out' where the input is (row-parallel).
+    Only the whole side of `values` names a logical axis; the channels may lie on any device. A product sends nothing
+    where the output is split over devices (column-parallel) and reduces the k kept entries per row where the input is
+    (row-parallel). Devices share the GEMM with axis='in' column-parallel and axis='out' row-parallel, which are the
+    placements to choose; in the other two each repeats it.
 
     At init a kept output has the size of a dense layer with `values` as its weight; with axis='out' the others are zero.
     """

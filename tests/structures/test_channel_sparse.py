@@ -284,10 +284,11 @@ def test_kept_outputs_start_at_the_size_of_a_dense_layer(axis):
         ("in", ("embed", "mlp"), {}),
         ("out", ("mlp", "embed"), {"all-reduce": 1}),
         ("in", ("mlp", "embed"), {"all-reduce": 1}),
+        ("out", ("embed", "mlp"), {}),
     ],
 )
 def test_collectives(axis, sites, want):
-    """Column-parallel axis='in' sends nothing, row-parallel one reduction of the kept entries alone."""
+    """Column-parallel sends nothing, row-parallel one reduction of the kept entries alone."""
     mesh = make_mesh({"data": 2, "tensor": 4})
     bound = bind(f"channel_sparse(density=0.0625, axis='{axis}')", 256, 256)
     put = lambda shape, dtype, names: jax.ShapeDtypeStruct(
