@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -33,18 +32,18 @@ Source = Any
 """A dense `(d_in, d_out)` array, or a callable without arguments that reads one."""
 
 
-_SQUARE = ((64,), (64,))  # every family's example binds there
+_SQUARE = ((256,), (256,))  # every family's example binds there
 
 
 def candidates() -> tuple[Structure, ...]:
     """What `choose` tries: every family of the registry with something left to choose, then SUMS.
 
     A family is taken with its defaults, or where it needs an argument (`n_m_sparse` its m) as its example with one
-    argument left open. A family whose support can follow the weight's magnitude does.
+    argument left open. A family whose support can follow the size of the weight's entries (`magnitude`,
+    `norm`) does.
     """
     opened = (_opened(family) for family in FAMILIES.values())
-    known = [t for t in SUMS if set(re.findall(r"(\w+)\(", t)) <= set(FAMILIES)]
-    return (*(_by_magnitude(s) for s in opened if s is not None), *(parse(text) for text in known))
+    return (*(_by_size(s) for s in opened if s is not None), *(parse(text) for text in SUMS))
 
 
 def _opened(family: type[Structure]) -> Structure | None:
@@ -62,8 +61,10 @@ def _opened(family: type[Structure]) -> Structure | None:
     return None
 
 
-def _by_magnitude(structure: Structure) -> Structure:
-    wanted = {n: "magnitude" for n, hint in hints(type(structure)).items() if "magnitude" in get_args(hint)}
+def _by_size(structure: Structure) -> Structure:
+    """The structure whose support follows the size of the weight's entries, where it has that choice."""
+    options = {n: get_args(hint) for n, hint in hints(type(structure)).items()}
+    wanted = {n: by for n, given in options.items() for by in ("magnitude", "norm") if by in given}
     return dataclasses.replace(structure, **wanted)
 
 

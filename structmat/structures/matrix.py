@@ -13,6 +13,7 @@ import numpy as np
 from structmat.structures.algebra import BoundProduct, BoundSum, Product, Sum
 from structmat.structures.base import Bound
 from structmat.structures.display import LeafSummary, summarize, to_html
+from structmat.structures.elementwise import BoundElementwise, Elementwise
 from structmat.structures.errors import StructureError
 from structmat.structures.leaf import Cost, Params
 from structmat.structures.recipe import Structure
@@ -26,8 +27,8 @@ from structmat.structures.wrappers import BoundScaled, Scaled
 class Matrix:
     """A pytree of parameters with a static Bound.
 
-    Vectors are rows, as in a layer: `x @ W` is `(..., d_in)` -> `(..., d_out)`. `W @ V`, `W + V`, `W - V`, `2.0 * W`,
-    `W / 2.0`, `-W` and `W.T` are Matrices again, over the same arrays.
+    Vectors are rows, as in a layer: `x @ W` is `(..., d_in)` -> `(..., d_out)`. `W @ V`, `W + V`, `W - V`, `W * V`
+    (elementwise), `2.0 * W`, `W / 2.0`, `-W` and `W.T` are Matrices again, over the same arrays.
 
     Attributes:
       bound: the structure with sizes.
@@ -106,8 +107,14 @@ class Matrix:
         bound = BoundProduct(structure, self.bound.in_shape, other.bound.out_shape, self.bound, other.bound)
         return Matrix(bound, {"0": self.params, "1": other.params})
 
-    def __mul__(self, s: float) -> Matrix:
-        number = _static_number(s)
+    def __mul__(self, other: float | Matrix) -> Matrix:
+        if isinstance(other, Matrix):
+            if self.shape != other.shape:
+                raise StructureError(f"cannot multiply matrices of shapes {self.shape} and {other.shape} elementwise")
+            both = Elementwise(self.structure, other.structure)
+            bound = BoundElementwise(both, self.bound.in_shape, self.bound.out_shape, self.bound, other.bound)
+            return Matrix(bound, {"0": self.params, "1": other.params})
+        number = _static_number(other)
         bound = self.bound
         if isinstance(bound, BoundScaled):
             number, bound = number * bound.structure.s, bound.inner

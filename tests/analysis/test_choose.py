@@ -177,13 +177,14 @@ def test_the_key_decides_what_is_random():
 def test_default_candidates_come_from_the_registry():
     texts = [c.short() for c in candidates()]
     names = {c.name for c in candidates()}
-    assert {"low_rank()", "monarch()", "kronecker()", "random_sparse(select='magnitude')"} <= set(texts)
+    assert {"low_rank()", "monarch()", "random_sparse(select='magnitude')", "channel_sparse(select='norm')"} <= set(
+        texts
+    )
     assert {"block_low_rank", "n_m_sparse"} <= names, "families that need an argument are tried with one"
     assert len(texts) == len(set(texts)) and names & {"dense", "diagonal", "dct"} == set(), (
         "nothing is left to choose there"
     )
-    known = [t for t in SUMS if "quantized" in FAMILIES or "quantized" not in t]
-    assert {parse(t).short() for t in known} <= set(texts)
+    assert {parse(t).short() for t in SUMS} <= set(texts)
     assert {n for n, family in FAMILIES.items() if family.candidates is not Structure.candidates} <= names
 
 

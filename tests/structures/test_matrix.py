@@ -110,6 +110,14 @@ def test_products_of_matrices():
     close((ab @ ab.T).T.materialize(), (ab @ ab.T).materialize())
 
 
+def test_elementwise_products():
+    a, b = structmat.project(W, "low_rank(rank=3)"), structmat.project(W, "kronecker()")
+    ab = a * b
+    close(ab.materialize(), np.asarray(a.materialize()) * np.asarray(b.materialize()))
+    close(np.eye(12, dtype=np.float32) @ ab, ab.materialize())
+    assert str(ab.structure) == str(structmat.parse(f"{a.structure} * {b.structure}")) and ab.params["1"] is b.params
+
+
 def test_leaves_and_spectrum():
     m = structmat.project(W, "low_rank(rank=2) + random_sparse(density=0.25, select='magnitude')")
     assert list(m.leaves) == ["0/a", "0/b", "1/values", "1/rows"]
@@ -163,6 +171,7 @@ def decode_png(data):
         (lambda m: np.ones((5, 11)) @ m, r"cannot multiply an array of shape \(5, 11\) with a matrix of shape \(12, 18\)"),
         (lambda m: np.float32(3) @ m, "cannot multiply an array of shape"),
         (lambda m: m + m.T, r"cannot add matrices of shapes \(12, 18\) and \(18, 12\)"),
+        (lambda m: m * m.T, r"cannot multiply matrices of shapes \(12, 18\) and \(18, 12\) elementwise"),
         (lambda m: m @ m, r"cannot multiply matrices of shapes \(12, 18\) and \(12, 18\)"),
         (lambda m: m @ np.ones(18), r"W @ an array of shape \(18,\): rows come first here, write x @ W.T"),
         (lambda m: np.ones(3) * m, r"scaled by one real number known before tracing, got shape \(3,\)"),
