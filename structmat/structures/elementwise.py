@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from structmat.structures.algebra import Sum, most_share, scales, trains
+from structmat.structures.algebra import BoundProduct, BoundSum, Sum, most_share, scales, trains
 from structmat.structures.base import Bound
 from structmat.structures.composite import Composite
 from structmat.structures.diagonal import BoundDiagonal
 from structmat.structures.errors import StructureError
-from structmat.structures.leaf import Axes, Leaf, Leaves, Params, Shape, map_leaves
+from structmat.structures.leaf import Axes, Leaf, Leaves, Params, Shape, flatten_leaves, map_leaves
 from structmat.structures.low_rank import BoundLowRank
 from structmat.structures.recipe import Structure
 from structmat.structures.spectral import BoundSpectral
@@ -30,9 +30,10 @@ class Elementwise(Composite):
     scaled or transposed) W = sum_r diag(u_r) B diag(v_r) is r products with B, taken where that costs less per row than
     a dense product; otherwise W is rebuilt in forward and backward and multiplied as one GEMM.
 
-    Initialisation: entries of variance 1/d_in on both sides would give an output of power 1/d_in. So b starts
-    sqrt(d_in) larger than it would alone (a, where only a trains or can be scaled), and the powers of both multiply as
-    in a product: E[y^2] = E[x^2] under `variance`. That is exact where the entries of one side have equal variance.
+    Initialisation: entries of variance 1/d_in on both sides would give an output of power 1/d_in. So b starts larger
+    than it would alone (a, where only a trains or can be scaled), such that E[y^2] = E[x^2] under `variance`. Under
+    `spectral` the power is min(1, d_out/d_in, d_in p_a p_b), p being that of each side alone: r_a r_b / d_in for two low
+    ranks, which is what a matrix of rank r_a r_b starts with. Exact where the entries of one side have equal variance.
     `transpose(a) * transpose(b)` keeps this for d_in != d_out, `transpose(a * b)` does not.
     """
 
@@ -76,17 +77,21 @@ class BoundElementwise(Bound):
         return min(costs, key=costs.get)
 
     def _gains(self, gain: float) -> tuple[float, float]:
-        """The gain and sqrt(d_in) act on b, or on a where only that trains or can be scaled."""
+        """A gain, and what makes up for the small entries, act on b, or on a where only that trains or can be scaled."""
         if not scales(self.a) and not scales(self.b):
             return 1.0, gain
         first = (trains(self.a) and not trains(self.b)) or not scales(self.b)
-        whole = gain * math.sqrt(self.d_in)
+        a, b = self.a.leaves(), self.b.leaves()
+        spectral = all(leaf.mode == "spectral" for _, leaf in flatten_leaves({"0": a, "1": b}))
+        most = min(1.0, self.d_out / self.d_in) if spectral else 1.0
+        both = _power(self.a, a) * _power(self.b, b)
+        whole = gain * math.sqrt(self.d_in * min(self.d_in, most / both if both else 1.0))
         return (whole, 1.0) if first else (1.0, whole)
 
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
         sides = [
-            _with_rows_of_one(side, side.leaves(in_axes, out_axes, g)) if g != 1.0 else side.leaves(in_axes, out_axes)
-            for side, g in zip((self.a, self.b), self._gains(gain))
+            _one_hot(side, side.leaves(in_axes, out_axes, g), own)
+            for side, g, own in zip((self.a, self.b), self._gains(gain), self._gains(1.0))
         ]
         both = trains(self.a) and trains(self.b)
         add = lambda n: lambda leaf: dataclasses.replace(leaf, share=leaf.share + n) if both else leaf
@@ -144,15 +149,26 @@ class BoundElementwise(Bound):
         return self.a._materialize_flops() + self.b._materialize_flops() + self.d_in * self.d_out
 
 
-def _with_rows_of_one(side: Bound, leaves: Leaves) -> Leaves:
-    """Leaves of a scaled side, for one-hot inputs too: there rows have entries of variance 1 without the sqrt(d_in)."""
+def _power(bound: Bound, leaves: Leaves) -> float:
+    """E[y^2] / E[x^2] at initialisation, as the leaves declare it."""
+    if isinstance(bound, BoundSum):
+        return sum(_power(term, leaves[str(k)]) for k, term in enumerate(bound.terms))
+    if isinstance(bound, BoundProduct | BoundElementwise):
+        both = _power(bound.a, leaves["0"]) * _power(bound.b, leaves["1"])
+        return both if isinstance(bound, BoundProduct) else both / bound.d_in
+    if isinstance(bound, BoundFrozen | BoundScaled | BoundTranspose):
+        return _power(bound.inner, leaves) * (bound.structure.s**2 if isinstance(bound, BoundScaled) else 1)
+    return math.prod(leaf.std**2 * leaf.fan_in for _, leaf in flatten_leaves(leaves) if leaf.law != "index")
+
+
+def _one_hot(side: Bound, leaves: Leaves, gain: float) -> Leaves:
+    """Leaves of a side with `gain` taken back for one-hot inputs, where entries of both sides have variance 1 anyway."""
 
     def undo(leaf: Leaf, plain: Leaf, twice: Leaf) -> Leaf:
-        if plain.std == twice.std:
-            return leaf
-        return dataclasses.replace(leaf, embed_fan=leaf.embed_fan * side.d_in)
+        grown = 1 if plain.std == twice.std else gain**2
+        return dataclasses.replace(leaf, embed_fan=max(1, round(leaf.embed_fan * grown)))
 
-    return map_leaves(undo, leaves, side.leaves(), side.leaves(gain=2.0))
+    return map_leaves(undo, leaves, side.leaves(), side.leaves(gain=2.0)) if gain != 1.0 else leaves
 
 
 def _core(bound: Bound) -> Bound:
