@@ -67,7 +67,9 @@ def topology_mesh(name: str, spec: Mapping[str, int] | None = None, num_slices: 
         raise MeshError(f"compiling for {name} needs libtpu, which is not installed: pip install 'structmat[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    slices = {"num_slices": num_slices} if num_slices > 1 else {}
+    slices: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+    if name.startswith("v4:"):
+        slices["chip_config_name"] = "megacore"  # else two devices a chip, of which no mesh can be made
     try:
         devices = topologies.get_topology_desc(topology_name=name, platform="tpu", **slices).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
