@@ -6,6 +6,7 @@ import functools
 import math
 
 from structmat.structures.errors import StructureError, nearest
+from structmat.structures.leaf import Axes, Shape, first_axis
 
 
 def divisors(n: int) -> list[int]:
@@ -52,3 +53,19 @@ def need_factors(n: int, count: int, name: str, what: str) -> tuple[int, ...]:
             f"nearest sizes that work: {nearest(n, valid)}"
         )
     return factors
+
+
+def side_factors(shape: Shape, count: int, name: str, what: str) -> Shape:
+    """The axes of a side as a tensor sees them: several axes as they are, a plain one split into `count`, ascending.
+
+    Raises:
+      StructureError: a plain side that has no such split.
+    """
+    return shape if len(shape) > 1 else need_factors(shape[0], count, name, what)[::-1]
+
+
+def side_axes(axes: Axes, count: int) -> tuple[str | None, ...]:
+    """Logical axis names of `count` factors of a side: one each where given so, else the first factor's alone."""
+    if isinstance(axes, tuple) and len(axes) == count:
+        return axes
+    return (first_axis(axes), *(None,) * (count - 1))

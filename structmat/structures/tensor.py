@@ -1,15 +1,17 @@
 """N-d formats: tensors of any order as small cores, as pure functions on a list of arrays.
 
-A format is a frozen dataclass of static sizes with `core_shapes`, `init`, `contract`, `materialize` and `project`.
-The matrix families (tensor_train) give it one core per pair of input and output factors.
+A format is a frozen dataclass of static sizes; `TensorFormat` says what it does. The tensor train lives here, TuckerFormat,
+CPFormat and TensorRingFormat beside their matrix families. The matrix families bind a weight's axes, split into factors, as
+the axes of a tensor; spectral weights and convolution kernels are tensors as they stand.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,69 @@ Cores = Sequence[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorTrainFormat:
+class TensorFormat:
+    """What every format is: static sizes, and pure functions on a list of cores, real or complex.
+
+    A format defines `shape`, `core_shapes`, `products`, `_names`, `materialize`, `materialize_flops` and
+    `project(tensor)`, and the rank rules `of(axes, rank)` and `of_fraction(axes, fraction)`.
+    """
+
+    @property
+    def shape(self) -> Shape:
+        """Of the tensor."""
+        raise TypeError(f"{type(self).__name__} does not define shape")
+
+    @property
+    def core_shapes(self) -> list[Shape]:
+        """Of the cores, in the order in which every function takes them."""
+        raise TypeError(f"{type(self).__name__} does not define core_shapes")
+
+    @property
+    def products(self) -> int:
+        """How many products of one entry of each core an entry of the tensor sums."""
+        raise TypeError(f"{type(self).__name__} does not define products")
+
+    def _names(self, tensor: str, free: str) -> list[str]:
+        """Axis letters of every core, given those of the tensor and unused ones for the ranks."""
+        raise TypeError(f"{type(self).__name__} does not define _names")
+
+    @property
+    def size(self) -> int:
+        """Stored numbers."""
+        return sum(math.prod(s) for s in self.core_shapes)
+
+    def init(self, key: jax.Array, std: float = 1.0, dtype: jnp.dtype = jnp.float32) -> list[jax.Array]:
+        """Normal cores of one standard deviation, such that every entry of the tensor has standard deviation `std`.
+
+        An entry sums `products` products of c independent numbers, so a core has (std / sqrt(products))^(1/c). Complex
+        entries z have E|z|^2 = std^2.
+        """
+        shapes = self.core_shapes
+        each = (std / math.sqrt(self.products)) ** (1 / len(shapes))
+        return [each * jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, len(shapes)), shapes)]
+
+    def contract(self, cores: Cores, x: jax.Array, subscripts: str) -> jax.Array:
+        """`jnp.einsum(subscripts, x, tensor)` core by core in the cheapest order, e.g. "bij,ikjl->bkl".
+
+        Axes may be summed, kept, or shared with x and kept (a mode axis). The tensor's letters follow `shape`. The
+        tensor itself is formed only where the sizes make that the cheapest order.
+
+        Raises:
+          StructureError: subscripts that are not "x,tensor->out" in single letters, one per tensor axis.
+        """
+        inputs, arrow, out = subscripts.replace(" ", "").partition("->")
+        left, comma, tensor = inputs.partition(",")
+        if not (arrow and comma) or "," in tensor or not (left + tensor + out).isalpha():
+            raise StructureError(f"contract: subscripts {subscripts!r} must read 'x,tensor->out' in single letters")
+        if len(tensor) != len(self.shape):
+            raise StructureError(f"contract: {tensor!r} names {len(tensor)} axes of a tensor of shape {self.shape}")
+        free = "".join(c for c in string.ascii_letters if c not in inputs)
+        names = ",".join(self._names(tensor, free))
+        return jnp.einsum(f"{left},{names}->{out}", x, *cores, optimize="auto-hq")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorTrainFormat(TensorFormat):
     """Tensor train: entry [i_1, ..., i_c] is the product of the matrices core_k[:, i_k, :].
 
     Attributes:
@@ -47,6 +111,24 @@ class TensorTrainFormat:
         modes = tuple((m,) if isinstance(m, int) else tuple(m) for m in modes)
         return TensorTrainFormat(modes, tuple(min(rank, most) for most in maximal_ranks(modes)))
 
+    @staticmethod
+    def of_fraction(modes: Sequence[int | Shape], fraction: float) -> TensorTrainFormat:
+        """About `fraction` of the tensor's numbers: interior ranks proportional to the mean of the sizes they join.
+
+        The proportion makes the cores of unrounded ranks hold that many (tensorly's rule); ranks are clipped to 1..maximal.
+        """
+        modes = tuple((m,) if isinstance(m, int) else tuple(m) for m in modes)
+        sizes = [math.prod(m) for m in modes]
+        joined = [(a + b) / 2 for a, b in itertools.pairwise(sizes)]
+
+        def count(c: float) -> float:
+            ranks = [1, *(c * j for j in joined), 1]
+            return sum(a * n * b for a, n, b in zip(ranks, sizes, ranks[1:]))
+
+        c = proportion(count, fraction, math.prod(sizes))
+        ranks = (max(1, min(round(c * j), most)) for j, most in zip(joined, maximal_ranks(modes)))
+        return TensorTrainFormat(modes, tuple(ranks))
+
     @property
     def shape(self) -> Shape:
         """The tensor's axes, core by core."""
@@ -58,35 +140,17 @@ class TensorTrainFormat:
         ranks = (1, *self.ranks, 1)
         return [(ranks[k], *mode, ranks[k + 1]) for k, mode in enumerate(self.modes)]
 
-    def init(self, key: jax.Array, std: float = 1.0, dtype: jnp.dtype = jnp.float32) -> list[jax.Array]:
-        """Normal cores of one standard deviation, such that every entry of the tensor has standard deviation `std`.
+    @property
+    def products(self) -> int:
+        """prod(ranks)."""
+        return math.prod(self.ranks)
 
-        An entry sums prod(ranks) products of c independent numbers, so a core has (std / sqrt(prod(ranks)))^(1/c).
-        """
-        each = (std / math.sqrt(math.prod(self.ranks))) ** (1 / len(self.modes))
-        keys = jax.random.split(key, len(self.modes))
-        return [each * jax.random.normal(k, s, dtype) for k, s in zip(keys, self.core_shapes)]
-
-    def contract(self, cores: Cores, x: jax.Array, subscripts: str) -> jax.Array:
-        """`jnp.einsum(subscripts, x, tensor)` core by core in the cheapest order, e.g. "bij,ikjl->bkl".
-
-        Axes may be summed, kept, or shared with x and kept (a mode axis). The tensor's letters follow `shape`.
-
-        Raises:
-          StructureError: subscripts that are not "x,tensor->out" in single letters, one per tensor axis.
-        """
-        inputs, arrow, out = subscripts.replace(" ", "").partition("->")
-        left, comma, tensor = inputs.partition(",")
-        if not (arrow and comma) or "," in tensor or not (left + tensor + out).isalpha():
-            raise StructureError(f"contract: subscripts {subscripts!r} must read 'x,tensor->out' in single letters")
-        if len(tensor) != len(self.shape):
-            raise StructureError(f"contract: {tensor!r} names {len(tensor)} axes of a tensor of shape {self.shape}")
-        free = [c for c in string.ascii_letters if c not in inputs]
+    def _names(self, tensor: str, free: str) -> list[str]:
         names, at = [], 0
         for k, mode in enumerate(self.modes):
             names.append(free[k] + tensor[at : at + len(mode)] + free[k + 1])
             at += len(mode)
-        return jnp.einsum(f"{left},{','.join(names)}->{out}", x, *cores, optimize="optimal")
+        return names
 
     def materialize(self, cores: Cores) -> jax.Array:
         """The tensor, of shape `shape`: cores multiplied from the left, one GEMM each."""
@@ -126,6 +190,21 @@ def _roots(s: jax.Array) -> tuple[jax.Array, jax.Array]:
     keep = s > jnp.finfo(s.dtype).eps * s[0]
     root = jnp.where(keep, jnp.sqrt(s), 0)
     return root, jnp.where(keep, 1 / jnp.where(keep, root, 1), 0)
+
+
+def proportion(count: Callable[[float], float], fraction: float, size: int) -> float:
+    """The c in [0, 1] at which the increasing `count` reaches `fraction` of `size`, 1 where it stays below.
+
+    Raises:
+      StructureError: a fraction that is not positive.
+    """
+    if not fraction > 0:
+        raise StructureError(f"of_fraction: fraction must be positive, got {fraction!r}")
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if count(middle) > fraction * size else (middle, high)
+    return high
 
 
 def maximal_ranks(modes: Sequence[Shape]) -> Shape:
