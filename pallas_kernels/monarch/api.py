@@ -1,0 +1,129 @@
+"""x times a block-low-rank matrix (Monarch, block tensor train), output blocks contiguous."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.chips import Chip, current_chip
+from pallas_kernels.dispatch import Choice, Implementation, KernelError, resolve
+from pallas_kernels.monarch import tpu
+from pallas_kernels.monarch.configs import LANES, tiles
+from pallas_kernels.monarch.xla import two_stage
+
+OP = "monarch"
+NARROWEST = 64
+"""Least slice rank of the kernel: narrower groups spend more on joining lanes than XLA on its transposes."""
+KINDS = ("forward", "backward_x", "backward_weights")
+
+
+def monarch(
+    x: jax.Array, right: jax.Array, left: jax.Array, *, implementation: Implementation | None = None
+) -> jax.Array:
+    """x `(..., k p)` -> x W `(..., l s)`.
+
+    Args:
+      right: (k, p, l, r), first stage. left: (l, k, r, s), second stage.
+      implementation: None follows `choose`; "xla" or "pallas" force one.
+
+    Raises:
+      KernelError: shapes that do not fit each other, or "pallas" where the kernel does not apply.
+    """
+    if right.ndim != 4 or left.ndim != 4 or left.shape[:3] != (right.shape[2], right.shape[0], right.shape[3]):
+        raise KernelError(f"{OP}: right must be (k, p, l, r) and left (l, k, r, s), got {right.shape} and {left.shape}")
+    (k, p, l, r), s = right.shape, left.shape[3]
+    if not x.ndim or x.shape[-1] != k * p:
+        raise KernelError(f"{OP}: x of shape {x.shape} must end in {k * p} for right {right.shape}")
+    chip, dtype = current_chip(), jnp.result_type(x, right, left)
+    m = math.prod(x.shape[:-1])
+    chosen = resolve(OP, implementation, choose(m, (k, p, l, s, r), dtype, chip), chip)
+    flat = x.reshape(m, k * p)
+    if chosen == "xla":
+        y = two_stage(flat, right, left)
+    else:
+        flat_right, flat_left = right.reshape(k, p, l * r), left.reshape(l, k * r, s)
+        y = product(flat.astype(dtype), flat_right.astype(dtype), flat_left.astype(dtype), chip)
+    return y.reshape(*x.shape[:-1], l * s)
+
+
+def choose(m: int, sizes: tuple[int, int, int, int, int], dtype: Any, chip: Chip) -> Choice:
+    """The rule: on TPU the kernel for slice ranks of at least 64, where it saves XLA's transposes between the stages.
+
+    Args:
+      m: rows of x. sizes: (k, p, l, s, r).
+    """
+    k, p, l, s, r = sizes
+    reduction = p * s / (r * (p + s))
+    facts = {"flop_reduction": reduction, "bound": chip.bound(k * p, l * s)}
+    said = f"{k} x {l} slices of {p} x {s}, rank {r}, bound {facts['bound']:.3g}x over dense"
+    refused = _unsupported(m, sizes, dtype, chip)
+    if refused:
+        return Choice("xla", f"no kernel: {refused}; {said}", refused, **facts)
+    return Choice("pallas", said, **facts)
+
+
+def _unsupported(m: int, sizes: tuple[int, int, int, int, int], dtype: Any, chip: Chip) -> str:
+    k, p, l, s, r = sizes
+    dtype = jnp.dtype(dtype)
+    if chip.platform != "tpu" or not chip.vmem:
+        return f"{chip.name} runs the XLA path"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"dtype {dtype} is neither bfloat16 nor float32"
+    if p % LANES or s % LANES:
+        return f"slices of {p} x {s} are not multiples of {LANES} lanes"
+    if r < NARROWEST or (r % LANES and LANES % r):
+        return f"slice rank {r} is neither {NARROWEST} nor a multiple of {LANES}"
+    join = max(1, LANES // r)
+    if k % join or l % join:
+        return f"slice rank {r} needs even numbers of blocks, got {k} x {l}"
+    if m == 0:
+        return "x has no rows"
+    for kind in KINDS:
+        if tiles(kind, chip, m, sizes, dtype.itemsize) is None:
+            return f"{kind}: the weights of one output block do not fit {chip.vmem} bytes"
+    return ""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def product(x: jax.Array, right: jax.Array, left: jax.Array, chip: Chip, interpret: Any = False) -> jax.Array:
+    """The kernel and its gradients: x (M, k p), right (k, p, l r), left (l, k r, s) of one dtype -> (M, l s)."""
+    return _stages("forward", x, right, left, chip, interpret)
+
+
+def _stages(kind: str, x: jax.Array, right: jax.Array, left: jax.Array, chip: Chip, interpret: Any) -> jax.Array:
+    x, m = _whole_sublanes(x)
+    tile = tiles(kind, chip, x.shape[0], _sizes(right, left), x.dtype.itemsize)
+    return tpu.forward(x, right, left, tile, interpret, transposed=kind == "backward_x")[:m]
+
+
+def _forward(x: jax.Array, right: jax.Array, left: jax.Array, chip: Chip, interpret: Any) -> tuple[jax.Array, Any]:
+    return product(x, right, left, chip, interpret), (x, right, left)
+
+
+def _backward(chip: Chip, interpret: Any, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, right, left = kept
+    dx = _stages("backward_x", dy, right, left, chip, interpret)
+    padded, _ = _whole_sublanes(x)
+    tile = tiles("backward_weights", chip, padded.shape[0], _sizes(right, left), x.dtype.itemsize)
+    x, dy = (jnp.pad(a, ((0, -a.shape[0] % tile.tokens), (0, 0))) for a in (x, dy))
+    dright, dleft = tpu.backward_weights(x, dy, right, left, tile, interpret)
+    return dx, dright.astype(right.dtype), dleft.astype(left.dtype)
+
+
+product.defvjp(_forward, _backward)
+
+
+def _sizes(right: jax.Array, left: jax.Array) -> tuple[int, int, int, int, int]:
+    """(k, p, l, s, r)."""
+    (k, p, lr), (l, _, s) = right.shape, left.shape
+    return k, p, l, s, lr // l
+
+
+def _whole_sublanes(x: jax.Array) -> tuple[jax.Array, int]:
+    """x padded with zero rows to whole sublanes, and its number of rows."""
+    m = x.shape[0]
+    return jnp.pad(x, ((0, -m % (8 * 4 // x.dtype.itemsize)), (0, 0))), m
