@@ -49,7 +49,8 @@ class Quantized(Structure):
     """`quantized(bits, group=128)`: codes of 2, 3, 4 or 8 bits and one scale per `group` consecutive entries.
 
     axis: groups along the contraction axis `in`, or along `out`. symmetric=False adds an offset per group. grid: evenly
-    spaced integers, or `normal` for NormalFloat. Nothing trains unless `train=('scales',)` (or 'offsets') says so; codes
+    spaced integers, or `normal` for NormalFloat. LQ-LoRA is low_rank(rank=8) + quantized(4): written the other way round,
+    its projection starts by quantising what the low rank would explain, and ends further away. Nothing trains unless `train=('scales',)` (or 'offsets') says so; codes
     never do. Codes are integers, not parameters: compare by bits. `fit` chooses the bits, or the group where group=None.
     """
 
@@ -67,7 +68,7 @@ class Quantized(Structure):
         nearest="optimal up to 4 bits without offset, else monotone; diagonal grams",
         sharding="whole groups over both axes",
         paper="Guo et al. 2024 (LQ-LoRA)",
-        when="the frozen half under a low-rank term",
+        when="storage; the frozen half of low_rank + quantized",
     )
 
     def check(self) -> None:
