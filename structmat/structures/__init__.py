@@ -2,6 +2,7 @@
 
 from structmat.structures.algebra import Product, Sum
 from structmat.structures.base import Bound
+from structmat.structures.elementwise import Elementwise
 from structmat.structures.errors import StructureError
 from structmat.structures.fit import Fit
 from structmat.structures.leaf import Cost, Leaf, flatten_leaves, map_leaves
@@ -20,6 +21,7 @@ __all__ = [
     "FAMILIES",
     "Bound",
     "Cost",
+    "Elementwise",
     "Fit",
     "Frozen",
     "Leaf",
