@@ -4,7 +4,8 @@
     python -m experiments.choose --files=path/to/weights --transpose --structure="low_rank()" --structure="monarch()"
 
 Reads one stored array at a time, from the newest intact checkpoint of a run or from .npy and .safetensors files. Writes
-choose.json, table.md and plot.png under --out; table.md ends with rules that `--config.structure` takes.
+choose.json, table.md and plot.png under --out; table.md ends with rules that `--config.structure` takes. Interrupted, or
+stopped by --minutes, it goes on where it was when run again.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,9 @@ from structmat.analysis.choices import Choice, Choices
 from structmat.analysis.choose import METRICS, candidates, choose
 from structmat.analysis.weight_files import file_weights
 from structmat.structures import parse
+from structmat.training.errors import RunError
 from structmat.training.load import stored_weights
+from structmat.training.plain_json import plain
 from structmat.training.record import Record
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run; its newest intact checkpoint is read.")
@@ -43,6 +48,7 @@ BUDGETS = flags.DEFINE_list("budgets", ["0.1", "0.25", "0.5"], "Fractions of the
 METRIC = flags.DEFINE_enum("metric", "bits", METRICS, "What is budgeted.")
 STRUCTURE = flags.DEFINE_multi_string("structure", [], "A candidate; give several. Default: all families, some sums.")
 SEED = flags.DEFINE_integer("seed", 0, "Of random parts of projections.", lower_bound=0)
+MINUTES = flags.DEFINE_float("minutes", math.inf, "Stop after this time; run again to go on.", lower_bound=0.1)
 OUT = flags.DEFINE_string("out", "runs/choose", "Folder to write to.")
 
 Readers = Mapping[str, Callable[[], Any]]
@@ -57,66 +63,107 @@ def run(
     metric: str = "bits",
     structures: list[str] | None = None,
     seed: int = 0,
-) -> tuple[Choices, Record]:
-    """Choose for every weight of `readers`, read once each, and write choose.json, table.md and plot.png into `out`.
+    minutes: float = math.inf,
+) -> Record:
+    """Choose for every weight of `readers`, and write choose.json after every candidate, the report at the end.
+
+    What choose.json already holds of this choice, on weights with the same bytes, is not done again; candidates may be
+    added or left out.
 
     Args:
       source: what the Record's config says of where the weights come from.
+      minutes: stop after this time; `Record.metrics["left"]` says how many projections are missing.
     """
-    began, digest = time.perf_counter(), hashlib.sha256()
+    began, path = time.perf_counter(), out / "choose.json"
     tried = [parse(s).short() for s in structures] if structures else [c.short() for c in candidates()]
-    choices = choose(
-        {path: functools.partial(_hashed, path, read, digest) for path, read in readers.items()},
-        budgets,
-        metric=metric,
-        structures=tried,
-        key=jax.random.key(seed),
-        progress=_Printer(len(readers), len(tried) * len(set(budgets))),
-    )
-    fitting = [(p, b) for p in choices.paths for b in choices.budgets if not choices.ranked(p, b)[0].reason]
-    record = Record.create(
-        name=out.name,
+    budgets = sorted(set(budgets))
+    config = plain({**source, "budgets": budgets, "metric": metric, "structures": tried}, "config")
+    rows, hashes, spent = _known(path, config, seed)
+    wanted = len(readers) * len(tried) * len(budgets)
+    for number, (name, read) in enumerate(readers.items(), 1):
+        done = {row.candidate for row in rows if row.path == name}
+        for found in _projections(name, read, [c for c in tried if c not in done], config, seed, hashes, path):
+            rows += found
+            shown = "  ".join(f"{r.error:.4f}" if r.error is not None else "-" for r in found)
+            print(f"[{number}/{len(readers)}] {name}  {shown}  {found[0].candidate}", flush=True)
+            seconds = spent + time.perf_counter() - began
+            _record(out.name, config, rows, hashes, seed, seconds, wanted).write(path)
+            if time.perf_counter() - began > 60 * minutes:
+                break
+        else:
+            continue
+        break
+    record = Record.read(path)
+    write_report(choices_of(record), record, out)
+    return record
+
+
+def _projections(
+    name: str,
+    read: Callable[[], Any],
+    pending: list[str],
+    config: Mapping[str, Any],
+    seed: int,
+    hashes: dict[str, str],
+    path: Path,
+) -> Iterator[tuple[Choice, ...]]:
+    """The Choices of one weight, candidate by candidate; it is read once, and only if there is something to do."""
+    if not pending:
+        return
+    w = np.ascontiguousarray(read())
+    digest = hashlib.sha256(f"{w.dtype} {w.shape}".encode())
+    digest.update(w.view(np.uint8))
+    if hashes.setdefault(name, digest.hexdigest()) != digest.hexdigest():
+        raise RunError(f"{str(path)!r} was made from another weight {name!r}; give another --out")
+    for candidate in pending:
+        key = jax.random.key(seed)
+        yield choose({name: w}, config["budgets"], metric=config["metric"], structures=[candidate], key=key).rows
+
+
+def _known(path: Path, config: Mapping[str, Any], seed: int) -> tuple[list[Choice], dict[str, str], float]:
+    """Rows, hashes of the weights and seconds of an earlier, perhaps unfinished, run of the same choice."""
+    if not path.exists():
+        return [], {}, 0.0
+    old = Record.read(path)
+    now, then = ({**c, "structures": None, "seed": n} for c, n in ((config, seed), (old.config, old.seed)))
+    if changed := [k for k in sorted({*now, *then}) if now.get(k) != then.get(k)]:
+        raise RunError(f"{str(path)!r} holds another choice (other {', '.join(changed)}); give another --out")
+    rows = [row for row in choices_of(old).rows if row.candidate in config["structures"]]
+    return rows, dict(old.metrics["weights"]), old.seconds
+
+
+def _record(
+    name: str,
+    config: Mapping[str, Any],
+    rows: list[Choice],
+    hashes: Mapping[str, str],
+    seed: int,
+    seconds: float,
+    wanted: int,
+) -> Record:
+    choices = Choices(tuple(rows), config["metric"], tuple(config["budgets"]))
+    best = [choices.ranked(p, b)[0] for p in choices.paths for b in choices.budgets]
+    return Record.create(
+        name=name,
         kind="choose",
-        config={**source, "budgets": list(choices.budgets), "metric": metric, "structures": tried},
-        structures={f"{p} at {b:g}": choices.best(p, b).structure for p, b in fitting},
+        config=config,
+        structures={f"{row.path} at {row.budget:g}": row.structure for row in best if not row.reason},
         seed=seed,
-        data_hash=digest.hexdigest(),
-        seconds=time.perf_counter() - began,
+        data_hash=hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
+        seconds=seconds,
         metrics={
-            "rows": [dataclasses.asdict(row) for row in choices.rows],
+            "rows": [dataclasses.asdict(row) for row in rows],
             "standings": [dataclasses.asdict(s) for b in choices.budgets for s in choices.standings(b)],
+            "weights": hashes,
+            "left": wanted - len(rows),
         },
     )
-    record.write(out / "choose.json")
-    write_report(choices, record, out)
-    return choices, record
 
 
-def _hashed(path: str, read: Callable[[], Any], digest: Any) -> np.ndarray:
-    w = np.ascontiguousarray(read())
-    digest.update(f"{path} {w.dtype} {w.shape}".encode())
-    digest.update(w.view(np.uint8))
-    return w
-
-
-class _Printer:
-    """One line per weight when its last projection is done: the best structure at each budget."""
-
-    def __init__(self, weights: int, rows: int):
-        self._weights, self._rows, self._done, self._own = weights, rows, 0, []
-
-    def __call__(self, choice: Choice) -> None:
-        self._own.append(choice)
-        if len(self._own) < self._rows:
-            return
-        self._done += 1
-        best: dict[float, Choice] = {}
-        for row in self._own:
-            if not row.reason and (row.budget not in best or row.error < best[row.budget].error):
-                best[row.budget] = row
-        shown = "; ".join(f"{b:g}: {r.short} {r.error:.4f}" for b, r in sorted(best.items())) or "nothing fits"
-        print(f"[{self._done}/{self._weights}] {choice.path} {choice.shape}  {shown}", flush=True)
-        self._own = []
+def choices_of(record: Record) -> Choices:
+    """The Choices a Record of this command holds."""
+    fields = {"rows": record.metrics["rows"], "metric": record.config["metric"], "budgets": record.config["budgets"]}
+    return Choices.from_json(json.dumps(fields))
 
 
 def best_table(choices: Choices, style: box.Box) -> Table:
@@ -189,7 +236,7 @@ def main() -> None:
         source = {"files": FILES.value, "match": MATCH.value, "transpose": TRANSPOSE.value}
         source["left_out"] = list(found.left_out)
         readers = found.readers
-    choices, _ = run(
+    record = run(
         readers,
         budgets,
         out,
@@ -197,10 +244,16 @@ def main() -> None:
         metric=METRIC.value,
         structures=STRUCTURE.value,
         seed=SEED.value,
+        minutes=MINUTES.value,
     )
+    choices = choices_of(record)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(choices.overview(box.ROUNDED))
     console.print(best_table(choices, box.ROUNDED))
+    if record.metrics["left"]:
+        print(
+            f"stopped after {MINUTES.value:g} minutes with {record.metrics['left']} projections to go; run again to go on"
+        )
     print(f"written: {out / 'choose.json'}, {out / 'table.md'}, {out / 'plot.png'}")
 
 

@@ -1,18 +1,20 @@
 """The command: weights of a tiny run and of files, read singly, and what is written."""
 
+import functools
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.choose import run
-from structmat import Rules, StructureError
-from structmat.analysis.choices import Choices
+from experiments.choose import choices_of, run
+from structmat import Rules, StructureError, choose
 from structmat.nn.sites import site_params
+from structmat.training.errors import RunError
 from structmat.training.load import load_run, stored_weights
 from structmat.training.loop import train
 from structmat.training.record import Record
@@ -64,28 +66,72 @@ def test_a_stored_stack_is_read_once_and_one_at_a_time(workdir, monkeypatch):
     assert stacked() == 0
 
 
-def test_report(workdir, tmp_path, capsys):
-    stored = stored_weights(workdir, "layers_.*/mlp/.*")
-    choices, record = run(stored.readers, [0.1, 0.5], tmp_path, source={"workdir": "w"}, structures=TRIED)
-    assert choices.paths == tuple(MLP) and len(choices.rows) == 4 * 3 * 2
-    assert Record.read(tmp_path / "choose.json") == record
-    assert record.kind == "choose" and record.config["budgets"] == [0.1, 0.5] and len(record.data_hash) == 64
+@pytest.fixture(scope="module")
+def finished(workdir, tmp_path_factory):
+    folder, stored = tmp_path_factory.mktemp("out") / "mine", stored_weights(workdir, "layers_.*/mlp/.*")
+    return folder, stored, run(stored.readers, [0.5, 0.1], folder, source={"workdir": "w"}, structures=TRIED)
+
+
+def test_report(finished):
+    folder, stored, record = finished
+    choices = choices_of(record)
+    assert choices.paths == tuple(MLP) and choices.budgets == (0.1, 0.5) and len(choices.rows) == 4 * 3 * 2
+    assert Record.read(folder / "choose.json") == record and record.metrics["left"] == 0
+    assert record.kind == "choose" and list(record.metrics["weights"]) == MLP and len(record.data_hash) == 64
     assert record.structures["layers_0/mlp/up at 0.5"] == choices.best("layers_0/mlp/up", 0.5).structure
-    rows = json.loads(json.dumps(record.metrics["rows"]))
-    fields = {"rows": rows, "metric": "bits", "budgets": [0.1, 0.5]}
-    assert Choices.from_json(json.dumps(fields)) == choices
-    text = (tmp_path / "table.md").read_text()
+    whole = choose({p: read() for p, read in stored.readers.items()}, [0.1, 0.5], structures=TRIED)
+    pick = lambda c: {(r.path, r.candidate, r.budget): (r.structure, r.error) for r in c.rows}
+    assert pick(whole) == pick(choices)
+    text = (folder / "table.md").read_text()
     assert all(s in text for s in (*MLP, *TRIED, "## What does not fit", "monarch(): fit: bits=0.1", "| low_rank()"))
     rules = text.split("- bits 0.5: `")[1].split("`")[0]
     chosen = Rules.of(rules).resolve({p: s.kind for p, s in stored.table.items()})
     assert all(str(chosen[p]) == choices.best(p, 0.5).structure for p in MLP)
-    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
-    assert "[4/4] layers_1/mlp/up (16, 64)  0.1: " in capsys.readouterr().out
-    again, other = (
-        run(r, [0.5], tmp_path / "b", source={}, structures=TRIED[:1])[1].data_hash
-        for r in (stored.readers, dict([*stored.readers.items()][:1]))
-    )
-    assert again == record.data_hash != other
+    assert (folder / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
+    _, stored, record = finished
+    again = lambda **k: run(stored.readers, [0.1, 0.5], tmp_path, source={"workdir": "w"}, structures=TRIED, **k)
+    first = again(minutes=0.0)
+    assert first.metrics["left"] == 22 and list(first.metrics["weights"]) == MLP[:1], "one candidate at least"
+    last = again()
+    assert last.metrics["left"] == 0 and last.seconds > first.seconds and last.data_hash == record.data_hash
+    errors = lambda r: [(row["path"], row["candidate"], row["error"]) for row in r.metrics["rows"]]
+    assert errors(last) == errors(record) and last.metrics["rows"][:2] == first.metrics["rows"]
+    more = [*TRIED[1:], "diagonal()"]
+    wider = run(stored.readers, [0.1, 0.5], tmp_path, source={"workdir": "w"}, structures=more)
+    assert {row["candidate"] for row in wider.metrics["rows"]} == set(more), "candidates come and go"
+    assert [e for e in errors(wider) if e[1] in TRIED] == [e for e in errors(record) if e[1] in more]
+    last.write(tmp_path / "choose.json")
+    monkeypatch.setattr("experiments.choose.choose", lambda *a, **k: pytest.fail("projected again"))
+    assert errors(again()) == errors(record)
+
+
+def test_one_weight_is_in_memory_at_a_time(tmp_path):
+    refs, alive = [], []
+
+    def read(seed):
+        alive.append(sum(ref() is not None for ref in refs))
+        w = np.random.default_rng(seed).normal(size=(16, 24)).astype(np.float32)
+        refs.append(weakref.ref(w))
+        return w
+
+    run({str(i): functools.partial(read, i) for i in range(3)}, [0.5], tmp_path, source={}, structures=TRIED[:1])
+    assert alive == [0, 0, 0]
+
+
+def test_another_choice_in_the_folder_is_refused(finished):
+    folder, stored, _ = finished
+    with pytest.raises(RunError, match=r"holds another choice \(other budgets, workdir\); give another --out"):
+        run(stored.readers, [0.1], folder, source={"workdir": "v"}, structures=TRIED)
+    changed = {"layers_0/mlp/down": lambda: 2 * stored.readers["layers_0/mlp/down"]()}
+    first = json.loads((folder / "choose.json").read_text())
+    first["metrics"]["rows"] = first["metrics"]["rows"][2:]
+    (folder.parent / "cut").mkdir()
+    (folder.parent / "cut" / "choose.json").write_text(json.dumps(first))
+    with pytest.raises(RunError, match="was made from another weight 'layers_0/mlp/down'"):
+        run(changed, [0.1, 0.5], folder.parent / "cut", source={"workdir": "w"}, structures=TRIED)
 
 
 def test_near_paths_are_listed(workdir):
@@ -108,7 +154,7 @@ def test_the_command_on_files(tmp_path):
         f"--files={tmp_path}", "--transpose", "--budgets=0.5", "--structure=low_rank()", f"--out={tmp_path / 'out'}"
     )
     assert code == 0, text
-    assert "left out: bias: shape (3,)" in text and "[2/2] up (24, 16)" in text and "low_rank(rank=4)" in text
+    assert "left out: bias: shape (3,)" in text and "[2/2] up  0." in text and "low_rank(rank=4)" in text
     assert Record.read(tmp_path / "out" / "choose.json").config["left_out"] == ["bias: shape (3,)"]
 
 
