@@ -179,6 +179,7 @@ def _error(t: jax.Array, u: jax.Array, s: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.linalg.norm(t - jnp.einsum("kpr,rkl,lrq->klpq", u, s, v))
 
 
+@jax.jit
 def _descend(t: jax.Array, u: jax.Array, s: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
     """(u, s, v, error) after up to SWEEPS sweeps; a sweep that does not lower the error is dropped and ends the descent."""
     size = jnp.linalg.norm(t)
