@@ -24,8 +24,8 @@ class Leaf:
       fan_in: how many inputs of RMS 1 one output of this factor's product sums over.
       fan_out: how many outputs one input of this factor's product reaches.
       std: standard deviation at initialisation.
-      law: `normal`, `uniform` (of that std), `ones` (times std), `index` (drawn by the family) or `derived`
-        (computed by the family from its other leaves).
+      law: `normal`, `uniform` (of that std), `ones` (times std), `index` (drawn by the family), `derived`
+        (computed by the family from its other leaves) or `orthogonal` (drawn by the family so that its factor is orthogonal).
       dtype: None for the parameter dtype asked for at init, else fixed (int32 for indices).
       trainable: False for frozen and integer leaves; those live in the Flax collection `frozen`.
       decay: whether weight decay applies.

@@ -39,6 +39,10 @@ _MODULES = (
     "hadamard",
     "toeplitz",
     "circulant",
+    "butterfly",
+    "permutation",
+    "identity",
+    "householder",
 )
 
 

@@ -110,6 +110,18 @@ CASES = [
     ("circulant()", 15, 15),
     ("circulant()", 11, 11),
     ("diagonal() @ dct() @ circulant() @ hadamard()", 16, 16),
+    ("butterfly()", 16, 16),
+    ("butterfly(init='paper')", 8, 8),
+    ("butterfly(increasing=False, depth=2)", 8, (2, 4)),
+    ("butterfly(depth=3, field='complex', init='paper')", 4, 4),
+    ("butterfly(increasing=False, field='complex')", 16, 16),
+    ("permutation()", 12, 12),
+    ("identity()", 12, 12),
+    ("permutation() @ butterfly(field='complex') @ diagonal()", 8, 8),
+    ("transpose(butterfly(increasing=False)) + identity()", 8, 8),
+    ("householder(reflections=4)", 12, 20, "untraced", "unstated"),
+    ("householder(reflections=9)", (3, 4), 9, "untraced", "unstated"),
+    ("householder(reflections=7, init='paper')", 7, 7, "untraced", "unstated"),
 ]
 
 UNTRACED: set[str] = {"random_sparse", "n_m_sparse", "masked", "weight_norm", "fake_quantized", "dora"}
