@@ -62,7 +62,7 @@ def svd_method(
     random columns omega drawn from `seed`. It is taken where its basis of (iterations + 1) (rank + oversample) columns
     is at most half of the smaller side, elsewhere SVDs stay exact. It is never taken unasked: on a flat spectrum its
     error exceeds the optimum by 1e-4 of it at six iterations and by 5e-4 at four, and no cheap test tells beforehand
-    (`python -m experiments.projection svd` measures). Read when a function is traced: `structmat.project` keeps the
+    (`python -m experiments.projection --svd` measures). Read when a function is traced: `structmat.project` keeps the
     methods apart, under your own `jax.jit` put the `with` inside the jitted function.
     """
     return using(SVDMethod(name, iterations, oversample, seed))
