@@ -22,7 +22,8 @@ EFFICIENCY = {
     "quantized": 1.0,
 }
 """FLOP rate of each family's factored product relative to one dense GEMM: typical of its rows at n = 2048 and 4096, batch
-512, forward and backward, in results/bench/cpu.json (quantized: a dense GEMM on either path). On other machines the break-even moves; `path` overrides it."""
+512, forward and backward, in results/bench/cpu.json (quantized: a dense GEMM on either path). On other machines the
+break-even moves; `path` overrides it."""
 
 DEFAULT = 0.3
 

@@ -12,6 +12,7 @@ import structmat
 from structmat.structures import StructureError, map_leaves
 from structmat.structures import quantization as qz
 from structmat.structures.reparam import fake_quantize
+from structmat.structures.stacks import project_stack
 from tests.structures.flops import count_flops
 
 BITS = (2, 3, 4, 8)
@@ -98,7 +99,7 @@ def test_stored_bits_are_the_bytes_of_the_arrays(bits, size, dtype):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("bits", "grid", "group"), [(2, "int", 6), (2, "normal", 6), (3, "int", 4), (3, "normal", 4)])
+@pytest.mark.parametrize(("bits", "grid", "group"), [(2, "int", 6), (2, "normal", 6), (3, "normal", 4), (4, "int", 3)])
 def test_optimal_scales_equal_brute_force_over_all_codes(bits, grid, group, weighted):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(30, group)) + rng.normal(size=(30, 1))
@@ -178,6 +179,14 @@ def test_grams_weigh_entries_within_a_group(text):
     np.testing.assert_array_equal(nearest(text, w, out_gram=b), plain)  # weighs whole columns
     with pytest.raises(StructureError, match=r"full in_gram .* no closed form"):
         bind(text, 24, 10).project(w, in_gram=jnp.eye(24))
+
+
+def test_a_stack_is_projected_as_its_members():
+    stack = np.stack([normal(s, 10, 48) for s in (14, 15)])
+    for bits in (2, 8):
+        bound, params = project_stack(stack, form(bits, "int", True))
+        each = np.stack([nearest(form(bits, "int", True), w) for w in stack])
+        np.testing.assert_allclose(jax.vmap(bound.materialize)(params), each, atol=1e-5)
 
 
 def test_lines_in_chunks_give_what_the_whole_gives(monkeypatch):
