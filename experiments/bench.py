@@ -21,11 +21,12 @@ if __name__ == "__main__" and sys.platform == "linux" and MALLOC not in os.envir
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from absl import app, flags  # noqa: E402
+from absl import app  # noqa: E402
 from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from experiments.own_flags import OwnFlags  # noqa: E402
 from structmat.analysis.timing import interleaved, median_ratio, op_counts  # noqa: E402
 from structmat.nn.leaves import split  # noqa: E402
 from structmat.nn.sites import merge  # noqa: E402
@@ -62,6 +63,7 @@ CASES = CHOSEN + [
 ]
 """What is timed: the chosen sizes, and of every other family its own example."""
 
+flags = OwnFlags()
 _SUITE = flags.DEFINE_enum("suite", "cpu", sorted(SUITES), "which sizes")
 _OUT = flags.DEFINE_string("out", "", "Record JSON to write; default results/bench/<suite>.json")
 _ONLY = flags.DEFINE_string("only", "", "time only structures whose text contains this")
@@ -247,4 +249,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.run(main)

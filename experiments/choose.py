@@ -23,12 +23,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
+from experiments.own_flags import OwnFlags
 from structmat.analysis.choices import Choice, Choices
 from structmat.analysis.choose import METRICS, candidates, choose
 from structmat.analysis.weight_files import file_weights
@@ -38,6 +38,7 @@ from structmat.training.load import stored_weights
 from structmat.training.plain_json import plain
 from structmat.training.record import Record
 
+flags = OwnFlags()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run; its newest intact checkpoint is read.")
 FILES = flags.DEFINE_string("files", None, "Instead: a folder of .npy and .safetensors files, or one of them.")
 MATCH = flags.DEFINE_string(
@@ -258,4 +259,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, flags)

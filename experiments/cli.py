@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from experiments.own_flags import OwnFlags
 from structmat.data.errors import DataError
 from structmat.parallel import MeshError
 from structmat.structures import StructureError
@@ -68,12 +69,12 @@ def fail(error: Any) -> NoReturn:
     raise SystemExit(2)
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Parse the flags and call `main`; what the user got wrong is printed, all else is a traceback.
+def run(main: Callable[[], Any], own: OwnFlags) -> None:
+    """Parse the flags, the command's own among them, and call `main`; what the user got wrong is printed, all else is a traceback.
 
     A run stopped by SIGTERM has saved its state, so it ends with code 0.
     """
-    parse()
+    own.parse(parse)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("structmat").addHandler(handler)

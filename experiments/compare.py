@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
+from experiments.own_flags import OwnFlags
 from structmat.analysis.plots import tradeoff
 from structmat.analysis.timing import interleaved
 from structmat.nn import choose_path
@@ -45,6 +45,7 @@ from structmat.training.state import create_state, plan_state
 from structmat.training.step import make_step
 from structmat.training.task import Task
 
+flags = OwnFlags()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison: arms/, compare.json, table.md, plot.png.")
 STRUCTURES = flags.DEFINE_multi_string(
     "structure", [], "A structure or rules to compare; repeat. Default: the config's."
@@ -300,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, flags)

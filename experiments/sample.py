@@ -10,13 +10,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from experiments import cli
+from experiments.own_flags import OwnFlags
 from structmat.models.decode import generate
 from structmat.training.errors import RunError
 from structmat.training.load import load_run
 
+flags = OwnFlags()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of the lm task.")
 PROMPT = flags.DEFINE_string("prompt", "def ", "Text to continue (UTF-8).")
 LENGTH = flags.DEFINE_integer("length", 200, "Bytes to generate.", lower_bound=1)
@@ -49,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, flags)

@@ -9,11 +9,12 @@ import re
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.own_flags import OwnFlags
 from structmat.structures import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +22,7 @@ PAGE = ROOT / "docs" / "structures.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- structures: begin -->", "<!-- structures: end -->"
 
+flags = OwnFlags()
 _WRITE = flags.DEFINE_bool("write", False, f"write {PAGE.relative_to(ROOT)} and the table in README.md")
 
 INTRODUCTION = """# All structures
@@ -101,4 +103,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.run(main)

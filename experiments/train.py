@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from absl import flags
 from rich.console import Console
 
 from experiments import cli
+from experiments.own_flags import OwnFlags
 from structmat.training.loop import dry_run, train
 from structmat.training.workdir import RECORD
 
+flags = OwnFlags()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, record. One run each.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be trained, and stop.")
 
@@ -37,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, flags)

@@ -39,7 +39,7 @@ for argv in json.loads(sys.argv[1]):
     if not pid:
         os.dup2(1, 2)
         sys.argv = ["train", *argv]
-        cli.run(train.main)
+        cli.run(train.main, train.flags)
         os._exit(0)
     print("rc", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
