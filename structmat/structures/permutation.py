@@ -30,7 +30,7 @@ class Permutation(Structure):
         params="0 (n indices)",
         flops="0",
         nearest="optimal (linear assignment), a full gram on one side at most",
-        sharding="whole on every device; x is gathered",
+        sharding="index over m, x is gathered",
         paper="Kuhn 1955",
         when="between block-structured factors; exact fast transforms",
     )

@@ -33,6 +33,8 @@ FAMILIES = [
     "monarch(blocks=4) + diagonal()",
     "weight_norm(monarch(blocks=4))",
     "dora(low_rank(rank=16))",
+    "butterfly()",
+    "householder(reflections=16)",
 ]
 SPARSE = ["random_sparse(density=0.25)", "fit(low_rank() + random_sparse(), params=0.3)", "n_m_sparse(n=2, m=4)"]
 """Supports average out only in wide matrices: tested from width 512."""
