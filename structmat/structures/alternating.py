@@ -13,19 +13,26 @@ from jax import lax
 
 from structmat.structures.linalg import truncated_svd
 
-SWEEPS = 500
-"""Most sweeps from one start."""
 _TRIAL = 20  # sweeps after which the worse half of the starts is given up
 _PATIENCE = 4  # sweeps in a row that improve nothing after which a start is done
 
 Cores = Sequence[jax.Array]
 
 
+def effort(size: int) -> tuple[int, int]:
+    """(random starts, most sweeps from a start) for a tensor of `size` numbers.
+
+    Local minima are many: 24 starts where they cost nothing (to 2^11 numbers), down to 4 from 2^14; 500 sweeps to 2^15
+    numbers, down to 100.
+    """
+    return max(4, min(24, 2**16 // size)), max(100, min(500, 2**24 // size))
+
+
 def best_of(
     starts: Cores,
     sweep: Callable[[Any], Any],
     error: Callable[[Any], jax.Array],
-    scale: jax.Array,
+    tensor: jax.Array,
 ) -> list[jax.Array]:
     """The cores of least error met while sweeping from every start; no worse than any of the starts.
 
@@ -33,21 +40,22 @@ def best_of(
       starts: cores of equal shapes and dtypes. After a few sweeps from each the better half goes on.
       sweep: cores -> cores, one round of exact least-squares updates.
       error: cores -> norm of the residual, computed from the residual itself.
-      scale: norm of the tensor; an error of rounding size beside it ends the search.
+      tensor: an error of rounding size beside its norm ends the search.
 
     Before a sweep a step further along the last one is tried, and taken where it lowers the error (Bro 1998): that carries
     alternating least squares through its long flat stretches. A start ends when several sweeps in a row improve on its
-    best error by less than 1e-9 of it (1e-6 in f32), or after `SWEEPS`.
+    best error by less than 1e-9 of it (1e-6 in f32), or at the limit of `effort`.
     """
+    scale, most = norm(tensor), effort(tensor.size)[1]
     count = len(starts[0])
     if count == 1:
-        return _descend([c[0] for c in starts], SWEEPS, sweep, error, scale)[0]
+        return _descend([c[0] for c in starts], most, sweep, error, scale)[0]
 
     def heat(state: tuple, rung: jax.Array) -> tuple:
         """One round over all starts, one after the other, so that it needs the memory of one."""
         cores, errors = state
         place = jnp.argsort(jnp.argsort(errors))
-        limits = jnp.where(rung == 0, _TRIAL, jnp.where(2 * place <= count, SWEEPS, 0))
+        limits = jnp.where(rung == 0, _TRIAL, jnp.where(2 * place < count, most, 0))
         return lax.map(lambda each: _descend(*each, sweep, error, scale), (cores, limits)), None
 
     unknown = jnp.zeros(count, scale.dtype)
@@ -83,15 +91,15 @@ def _descend(
     return state[3], state[4]
 
 
-def draw(key: jax.Array, shapes: Sequence[tuple[int, ...]], dtype: Any) -> list[jax.Array]:
+def draw(key: jax.Array, shapes: Sequence[tuple[int, ...]], tensor: jax.Array) -> list[jax.Array]:
     """Random starts `(starts, *shape)`: normal entries, in every other start their moduli, as smooth tensors want.
 
-    Local minima are many and a start is cheap where the cores are small: 25 starts, down to 5 as the cores grow to 2^14
-    numbers. One call of the generator, which compiles faster than many.
+    One more than `effort` says, the first to be replaced by a computed one. One call of the generator, which compiles
+    faster than many.
     """
     sizes = [math.prod(s) for s in shapes]
-    count = 1 + max(4, min(24, 2**16 // sum(sizes)))
-    flat = jax.random.normal(key, (count, sum(sizes)), dtype)
+    count = 1 + effort(tensor.size)[0]
+    flat = jax.random.normal(key, (count, sum(sizes)), tensor.dtype)
     flat = flat.at[1::2].set(jnp.abs(flat[1::2]))
     parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1], axis=1)
     return [part.reshape(count, *s) for part, s in zip(parts, shapes)]
@@ -107,17 +115,29 @@ def append(starts: list[jax.Array], cores: Cores) -> list[jax.Array]:
     return [jnp.concatenate([s, c[None].astype(s.dtype)]) for s, c in zip(starts, cores)]
 
 
-def least_squares(design: jax.Array, target: jax.Array) -> jax.Array:
-    """x of least norm with |design x - target| least: design `(..., q, r)`, target `(..., q, p)` -> `(..., r, p)`.
+def over_gram(rows: jax.Array, gram: jax.Array) -> jax.Array:
+    """x `(p, r)` of x gram = rows, for the Gram matrix `(r, r)` of some columns and `(p, r)` rows.
 
-    Through the QR factorisation, so that the condition number is not squared, and the SVD of its small factor, whose
-    directions of rounding size carry nothing.
+    Columns are scaled to unit size and eigenvectors of rounding size left out, so that dependent columns do no harm.
     """
-    q, r = jnp.linalg.qr(design)
-    u, s, vt = jnp.linalg.svd(r, full_matrices=False)
-    keep = s > jnp.finfo(s.dtype).eps * max(design.shape[-2:]) * s[..., :1]
-    inverse = jnp.where(keep, 1 / jnp.where(keep, s, 1), 0)
-    return vt.mT.conj() @ (inverse[..., None] * (u.mT.conj() @ (q.mT.conj() @ target)))
+    size = jnp.sqrt(jnp.real(jnp.diagonal(gram)))
+    inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+    values, vectors = jnp.linalg.eigh(gram * inverse[:, None] * inverse)
+    keep = values > jnp.finfo(size.dtype).eps * len(size)
+    values = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
+    return (((rows * inverse) @ vectors) * values) @ vectors.T.conj() * inverse
+
+
+def least_squares(design: jax.Array, target: jax.Array) -> jax.Array:
+    """x `(p, r)` with |x design - target| least, for design `(r, q)` and target `(p, q)`.
+
+    Normal equations and one step of refinement, which restores most of what squaring the condition number loses: only
+    products of matrices touch the long side.
+    """
+    adjoint = design.T.conj()
+    gram = design @ adjoint
+    x = over_gram(target @ adjoint, gram)
+    return x + over_gram((target - x @ design) @ adjoint, gram)
 
 
 def leading_vectors(matrix: jax.Array, rank: int) -> jax.Array:

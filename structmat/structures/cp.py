@@ -59,12 +59,15 @@ class CP(Structure):
         return BoundCP(self, in_shape, out_shape, CPFormat(ins + outs, self.rank), len(ins))
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:
-        """Up to the size of the dense matrix."""
+        """Ranks up to the size of the dense matrix: all to 1024, beyond in steps of at most 1/1024 of the rank."""
         if self.rank is not None:
             return []
         axes = sum(self._axes(in_shape, out_shape), ())
         most = min(largest_rank(axes), max(1, math.prod(axes) // sum(axes)))
-        return [dataclasses.replace(self, rank=r) for r in range(1, most + 1)]
+        ranks = list(range(1, min(most, 1024) + 1))
+        while (after := ranks[-1] + (1 << max(0, ranks[-1].bit_length() - 11))) <= most:
+            ranks.append(after)
+        return [dataclasses.replace(self, rank=r) for r in ranks]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

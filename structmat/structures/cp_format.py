@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from structmat.structures.alternating import append, best_of, draw, leading_vectors, norm, replace_first, unfold
+from structmat.structures.alternating import append, best_of, draw, leading_vectors, norm, over_gram, replace_first, unfold
 from structmat.structures.errors import StructureError
 from structmat.structures.leaf import Shape
 from structmat.structures.linalg import balanced_split, jit_projection, working_dtype
@@ -138,7 +138,7 @@ def _als(form: CPFormat, tensor: jax.Array, key: jax.Array, like: list[jax.Array
     starts = _starts(form, t, key)
     if like is not None:
         starts = append(starts, _normalize(like))
-    return [f.astype(tensor.dtype) for f in _arrange(best_of(starts, sweep, error, norm(t)))]
+    return [f.astype(tensor.dtype) for f in _arrange(best_of(starts, sweep, error, t))]
 
 
 def _gram(factors: Cores) -> jax.Array:
@@ -155,19 +155,8 @@ def _update(factors: list[jax.Array], product: jax.Array, gram: jax.Array) -> li
         rows, here = jnp.moveaxis(product, k, 0).reshape(f.shape[0], -1, rank), gram
         if others:
             rows, here = rows * khatri_rao(others).conj(), gram * _gram(others)
-        factors[k] = _solve(rows.sum(axis=1), here)
+        factors[k] = over_gram(rows.sum(axis=1), here)
     return factors
-
-
-def _solve(rows: jax.Array, gram: jax.Array) -> jax.Array:
-    """x with x gram = rows, through the eigenvectors of the gram of unit columns; those of rounding size are left out."""
-    size = jnp.sqrt(jnp.real(jnp.diagonal(gram)))
-    inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
-    values, vectors = jnp.linalg.eigh(gram * inverse[:, None] * inverse)
-    floor = jnp.finfo(size.dtype).eps * len(size)
-    keep = values > floor
-    values = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
-    return (((rows * inverse) @ vectors) * values) @ vectors.T.conj() * inverse
 
 
 def _normalize(factors: Cores) -> list[jax.Array]:
@@ -194,7 +183,7 @@ def _arrange(factors: Cores) -> list[jax.Array]:
 
 def _starts(form: CPFormat, t: jax.Array, key: jax.Array) -> list[jax.Array]:
     """Leading singular vectors of the unfoldings, filled up with random columns; then random factors of unit columns."""
-    factors = [f / jnp.linalg.norm(f, axis=1, keepdims=True) for f in draw(key, form.core_shapes, t.dtype)]
+    factors = [f / jnp.linalg.norm(f, axis=1, keepdims=True) for f in draw(key, form.core_shapes, t)]
     first = []
     for k, f in enumerate(factors):
         vectors = leading_vectors(unfold(t, k), min(form.rank, form.axes[k]))

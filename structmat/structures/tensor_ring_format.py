@@ -152,23 +152,23 @@ def _als(form: TensorRingFormat, tensor: jax.Array, key: jax.Array, like: list[j
     if count == 2:
         return done(_ring_svd(t, form.ranks, [jnp.zeros(s, t.dtype) for s in shapes]))
     turned = lambda k: [(k + j) % count for j in range(count)]
+    targets = [t.transpose(turned(k)).reshape(n, -1) for k, n in enumerate(sizes)]
 
     def sweep(cores: Cores) -> list[jax.Array]:
         cores = list(cores)
         for k, (left, _, right) in enumerate(shapes):
             others = _chain([cores[j] for j in turned(k)[1:]])
-            design = others.transpose(1, 2, 0).reshape(-1, left * right)
-            solved = least_squares(design, t.transpose(turned(k)).reshape(sizes[k], -1).T)
-            cores[k] = solved.reshape(left, right, sizes[k]).transpose(0, 2, 1)
+            design = others.transpose(2, 0, 1).reshape(left * right, -1)
+            cores[k] = least_squares(design, targets[k]).reshape(-1, left, right).transpose(1, 0, 2)
         return even_norms(cores)
 
     error = lambda cores: norm(t.reshape(form.shape) - form.materialize(cores))
-    starts = draw(key, shapes, t.dtype)
+    starts = draw(key, shapes, t)
     starts = replace_first(starts, _ring_svd(t, form.ranks, [s[0] for s in starts]))
     if like is not None:
         starts = append(starts, [c.reshape(s) for c, s in zip(like, shapes)])
     starts = jax.vmap(even_norms)(starts)
-    return done(best_of(starts, sweep, error, norm(t)))
+    return done(best_of(starts, sweep, error, t))
 
 
 def _ring_svd(t: jax.Array, ranks: Shape, fill: Cores) -> list[jax.Array]:

@@ -164,5 +164,5 @@ def _hooi(form: TuckerFormat, tensor: jax.Array, like: list[jax.Array] | None) -
         starts = [f[None] for f in factors]
         if like is not None:
             starts = append(starts, [jnp.linalg.qr(f.astype(t.dtype))[0] for f in like[1:]])
-        factors = best_of(starts, sweep, error, norm(t))
+        factors = best_of(starts, sweep, error, t)
     return [c.astype(tensor.dtype) for c in (onto(factors), *factors)]
