@@ -39,6 +39,7 @@ _MODULES = (
     "hadamard",
     "toeplitz",
     "circulant",
+    "block_circulant",
     "butterfly",
     "permutation",
     "identity",

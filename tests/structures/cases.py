@@ -109,6 +109,7 @@ CASES = [
     ("transpose(toeplitz())", 9, 16),
     ("circulant()", 15, 15),
     ("circulant()", 11, 11),
+    ("block_circulant(block=4)", 12, 20),
     ("diagonal() @ dct() @ circulant() @ hadamard()", 16, 16),
     ("butterfly()", 16, 16),
     ("butterfly(init='paper')", 8, 8),
