@@ -347,3 +347,16 @@ def test_lengths_of_ffts_are_fast():
 def test_costs(text, n, m, params, flops):
     cost = bind(text, n, m).cost(7)
     assert (cost.params, cost.flops, cost.bits) == (params, flops(7), 32 * params)
+
+
+def test_block_circulant_is_a_grid_of_scipy_circulants():
+    bound, rng = structmat.parse("block_circulant(block=4)").bind(8, 12), np.random.default_rng(0)
+    c = rng.normal(size=(2, 3, 4)).astype(np.float32)
+    expected = np.block([[scipy.linalg.circulant(c[k, l]).T for l in range(3)] for k in range(2)])
+    np.testing.assert_allclose(bound.materialize({"c": jnp.asarray(c)}), expected)
+    w = rng.normal(size=(8, 12)).astype(np.float32)
+    mean = lambda block: [np.mean([block[i, (i + d) % 4] for i in range(4)]) for d in range(4)]
+    blocks = [[mean(w[4 * k : 4 * k + 4, 4 * l : 4 * l + 4]) for l in range(3)] for k in range(2)]
+    np.testing.assert_allclose(bound.project(jnp.asarray(w))["c"], blocks, atol=1e-6)
+    whole = structmat.project(w[:, :8], "block_circulant(block=8)").materialize()
+    np.testing.assert_allclose(whole, structmat.project(w[:, :8], "circulant()").materialize(), atol=1e-6)
