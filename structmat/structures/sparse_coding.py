@@ -23,10 +23,13 @@ ROUNDS = 60
 """K-SVD rounds at most."""
 ALTERNATIONS = 20
 """Alternations of the orthonormal start at most, as in COMPOT."""
-GAIN = 5e-4
+GAIN = 2e-4
 """The round or alternation that lowers the error by a smaller share of it is the last."""
-TABLE = 2**24
-"""Entries that the orthogonalised bases of one batch of columns may hold during matching pursuit."""
+TABLE = {"cpu": 2**20}
+"""Entries that the orthogonalised bases of one batch of columns may hold during matching pursuit, by backend: a CPU wants
+them in its cache (measured: 3.6 times faster than 2^24 at 1024 columns, 340 atoms, 170 of them chosen)."""
+WIDE_TABLE = 2**25
+"""The same on accelerators, which want wide batches."""
 
 Code = tuple[jax.Array, jax.Array]
 
@@ -115,7 +118,7 @@ def matching_pursuit(gram: jax.Array, correlations: jax.Array, count: int) -> Co
         basis, coefficients, rows, _, _ = lax.fori_loop(0, count, step, start)
         return basis.T @ coefficients, rows
 
-    batch = max(1, min(m, TABLE // count**2))
+    batch = max(1, min(m, TABLE.get(jax.default_backend(), WIDE_TABLE) // count**2))
     return sort_code(*lax.map(column, correlations.T, batch_size=batch))
 
 

@@ -74,7 +74,7 @@ def test_matching_pursuit_of_batches_is_that_of_the_whole(monkeypatch):
     d, t = unit(normal(0, 9, 12)), normal(1, 9, 23)
     gram, correlations = jnp.asarray(d.T @ d), jnp.asarray(d.T @ t)
     whole = sc.matching_pursuit(gram, correlations, 4)
-    monkeypatch.setattr(sc, "TABLE", 5 * 16)
+    monkeypatch.setattr(sc, "TABLE", {jax.default_backend(): 5 * 16})
     batches = sc.matching_pursuit.__wrapped__(gram, correlations, 4)
     np.testing.assert_array_equal(whole[1], batches[1])
     np.testing.assert_allclose(whole[0], batches[0], atol=1e-6)
