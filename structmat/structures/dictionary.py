@@ -1,7 +1,7 @@
 """Dictionary: W = D Z with a dense dictionary D and a sparse code Z, the same number of entries in every column.
 
-Low rank puts all columns into one subspace; here each column picks its own few atoms, a union of subspaces (CoSpaDi, arXiv
-2509.22075; COMPOT, arXiv 2602.15200; ROCKET, arXiv 2602.11008).
+Low rank puts all columns into one subspace; here each column picks its own few atoms, a union of subspaces (CoSpaDi,
+arXiv 2509.22075; COMPOT, arXiv 2602.15200; ROCKET, arXiv 2602.11008).
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Dictionary(Structure):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BoundDictionary(Bound):
-    """Dictionary with sizes. Leaves `dictionary` (d_in, atoms), `values` (d_out, s), the frozen int32 `rows` (d_out, s),
-    ascending per column."""
+    """Dictionary with sizes. Leaves `dictionary` (d_in, atoms), `values` (d_out, s) and the frozen int32 `rows` (d_out,
+    s), ascending per column."""
 
     last: ClassVar[str] = "values"
     exact: ClassVar[bool] = False
@@ -147,10 +147,10 @@ class BoundDictionary(Bound):
     ) -> dict[str, Any]:
         """K-SVD with orthogonal matching pursuit, from the best of `like` and the spectral start.
 
-        The start is the truncated SVD with its coefficients thresholded, improved by COMPOT's alternation where atoms <=
-        d_in, and completed by columns of w where atoms > d_in. Every step is kept only if it lowers the error, so the
-        result is no worse than `like`, nor than the thresholded SVD, and for nonzeros = atoms it is the best matrix of
-        that rank; otherwise no optimum is proven (the problem is NP-hard).
+        The start is the truncated SVD with its coefficients thresholded, improved by COMPOT's alternation where atoms
+        <= d_in, and completed by columns of w where atoms > d_in. Every step is kept only if it lowers the error, so
+        the result is no worse than `like`, nor than the thresholded SVD, and for nonzeros = atoms it is the best matrix
+        of that rank; otherwise no optimum is proven (the problem is NP-hard).
 
         Grams are exact changes of variables: D is free, so any in_gram acts on it by its root, and a diagonal out_gram
         scales columns, which are coded one by one. Atoms have unit norm in the weighted space, their largest entry

@@ -90,9 +90,9 @@ def optimal_fit(x: jax.Array, weights: jax.Array, levels: tuple[float, ...]) -> 
     """The scale `(...)` and codes `(..., g)` of least weighted squared error: the global optimum.
 
     Given its scale, the optimum's codes are the nearest levels. As 1/scale grows from 0, entries climb from level to
-    level at known points (a midpoint of levels over |x_i|), and codes q allow an error |x|^2 - (x.q)^2 / q.q; sorting the
-    points makes both products running sums, whose best prefix is the answer. Both signs of the scale are tried, as the
-    levels are not symmetric. O(g L log(g L)) for L = levels / 2.
+    level at known points (a midpoint of levels over |x_i|), and codes q allow an error |x|^2 - (x.q)^2 / q.q; sorting
+    the points makes both products running sums, whose best prefix is the answer. Both signs of the scale are tried, as
+    the levels are not symmetric. O(g L log(g L)) for L = levels / 2.
     """
     up, down = (_best_codes(sign * x, weights, levels) for sign in (1, -1))
     codes = jnp.where((up[0] >= down[0])[..., None], up[1], down[1])
@@ -113,8 +113,8 @@ def _best_codes(x: jax.Array, weights: jax.Array, levels: tuple[float, ...]) -> 
 
 
 def _climb(x: jax.Array, weights: jax.Array, levels: tuple[float, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Per entry and level away from zero `(..., g, L)`: the 1/scale at which the entry reaches it, and what that adds to
-    x.q and to q.q; unreachable levels are at infinity and add nothing."""
+    """Per entry and level away from zero `(..., g, L)`: the 1/scale at which the entry reaches it, and what that adds
+    to x.q and to q.q; unreachable levels are at infinity and add nothing."""
     up, down = [v for v in levels if v > 0], [-v for v in reversed(levels) if v < 0]
     most = max(len(up), len(down))
 

@@ -26,8 +26,8 @@ ALTERNATIONS = 20
 GAIN = 2e-4
 """The round or alternation that lowers the error by a smaller share of it is the last."""
 TABLE = {"cpu": 2**20}
-"""Entries that the orthogonalised bases of one batch of columns may hold during matching pursuit, by backend: a CPU wants
-them in its cache (measured: 3.6 times faster than 2^24 at 1024 columns, 340 atoms, 170 of them chosen)."""
+"""Entries that the orthogonalised bases of one batch of columns may hold during matching pursuit, by backend: a CPU
+wants them in its cache (measured: 3.6 times faster than 2^24 at 1024 columns, 340 atoms, 170 of them chosen)."""
 WIDE_TABLE = 2**25
 """The same on accelerators, which want wide batches."""
 
@@ -87,11 +87,11 @@ def threshold(correlations: jax.Array, count: int) -> Code:
 
 @functools.partial(jax.jit, static_argnums=2)
 def matching_pursuit(gram: jax.Array, correlations: jax.Array, count: int) -> Code:
-    """Orthogonal matching pursuit: per column, `count` times the atom of largest correlation with the residual joins, and
-    the values become the least-squares ones.
+    """Orthogonal matching pursuit: per column, `count` times the atom of largest correlation with the residual joins,
+    and the values become the least-squares ones.
 
-    Works from the Gram matrix D^T D `(k, k)` of unit atoms and D^T T `(k, m)` alone. An atom in the span of those chosen
-    before gets the value zero. O(m s k^2) operations in matrix products; columns go in batches of TABLE / s^2.
+    Works from the Gram matrix D^T D `(k, k)` of unit atoms and D^T T `(k, m)` alone. An atom in the span of those
+    chosen before gets the value zero. O(m s k^2) operations in matrix products; columns go in batches of TABLE / s^2.
     """
     k, m = correlations.shape
     slot = jnp.arange(count, dtype=jnp.int32)
@@ -184,7 +184,7 @@ def ksvd_round(t: jax.Array, fit: Fit) -> Fit:
 
 
 def refit(t: jax.Array, z: jax.Array) -> jax.Array:
-    """The least-squares dictionary for a given Z: T Z^T (Z Z^T)^-1, rows of Z scaled alike and a ridge of rounding size."""
+    """The least-squares dictionary for a given Z: T Z^T (Z Z^T)^-1, with rows of Z scaled alike and a tiny ridge."""
     norms = jnp.linalg.norm(z, axis=1)
     inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
     unit = z * inverse[:, None]

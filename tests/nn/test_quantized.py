@@ -1,4 +1,4 @@
-"""Low rank beside frozen quantised weights (LQ-LoRA) in layers and in a whole model: integers are kept, never trained."""
+"""Low rank beside frozen quantised weights (LQ-LoRA) in layers and a whole model: integers are kept, never trained."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Dictionary: matching pursuit against scikit-learn, alternations that never rise, planted problems, grams, accounting."""
+"""Dictionary: matching pursuit against scikit-learn, alternations that never rise, planted problems, grams, counts."""
 
 import functools
 
