@@ -49,11 +49,11 @@ class Quantized(Structure):
     """`quantized(bits, group=128)`: codes of 2, 3, 4 or 8 bits and one scale per `group` consecutive entries.
 
     axis: groups along the contraction axis `in`, or along `out`. symmetric=False adds an offset per group. grid: evenly
-    spaced integers, or `normal` for NormalFloat. Nothing trains unless `train=('scales',)` (or 'offsets') says so; codes
-    never do. Codes are integers, not parameters: compare by bits. `fit` chooses the bits, or the group if group=None.
+    spaced integers, or `normal` for NormalFloat. Nothing trains unless `train=('scales',)` (or 'offsets') says so;
+    codes never do. Codes are integers, not parameters: compare by bits. `fit` chooses the bits, or the group if group=None.
 
-    LQ-LoRA is low_rank(rank=8) + quantized(4): written the other way round, the projection starts by quantising what the
-    low rank would explain, and ends further away.
+    LQ-LoRA is low_rank(rank=8) + quantized(4): written the other way round, the projection starts by quantising what
+    the low rank would explain, and ends further away.
     """
 
     bits: int | None = None
@@ -100,8 +100,8 @@ class Quantized(Structure):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BoundQuantized(Bound):
-    """Quantised with sizes. Leaves `codes` uint8 (lines, packed bytes of a line), `scales` (lines, groups), and `offsets`
-    of the same shape unless symmetric.
+    """Quantised with sizes. Leaves `codes` uint8 (lines, packed bytes of a line), `scales` (lines, groups), and
+    `offsets` of the same shape unless symmetric.
 
     A line is a column of W for axis='in' and a row for axis='out'; the groups follow the other index. Every product
     rebuilds the dense matrix (in the backward pass too, rather than keeping it), which `cost().flops_executed` says.
