@@ -50,7 +50,7 @@ class Quantized(Structure):
 
     axis: groups along the contraction axis `in`, or along `out`. symmetric=False adds an offset per group. grid: evenly
     spaced integers, or `normal` for NormalFloat. Nothing trains unless `train=('scales',)` (or 'offsets') says so;
-    codes never do. Codes are integers, not parameters: compare by bits. `fit` chooses the bits, or the group if group=None.
+    codes never do, and are not parameters: compare by bits. `fit` chooses the bits, or the group if group=None.
 
     LQ-LoRA is low_rank(rank=8) + quantized(4): written the other way round, the projection starts by quantising what
     the low rank would explain, and ends further away.
