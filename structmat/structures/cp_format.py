@@ -10,7 +10,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from structmat.structures.alternating import append, best_of, draw, leading_vectors, norm, over_gram, replace_first, unfold
+from structmat.structures.alternating import (
+    append,
+    best_of,
+    draw,
+    leading_vectors,
+    norm,
+    over_gram,
+    replace_first,
+    unfold,
+)
 from structmat.structures.errors import StructureError
 from structmat.structures.leaf import Shape
 from structmat.structures.linalg import balanced_split, jit_projection, working_dtype

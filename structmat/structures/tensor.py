@@ -113,20 +113,19 @@ class TensorTrainFormat(TensorFormat):
 
     @staticmethod
     def of_fraction(modes: Sequence[int | Shape], fraction: float) -> TensorTrainFormat:
-        """About `fraction` of the tensor's numbers: interior ranks proportional to the mean of the sizes they join.
-
-        The proportion makes the cores of unrounded ranks hold that many (tensorly's rule); ranks are clipped to 1..maximal.
-        """
+        """About `fraction` of the tensor's numbers: interior ranks proportional to the mean of the sizes they join, within
+        1..maximal; the proportion is the one at which the cores, before rounding, hold that many."""
         modes = tuple((m,) if isinstance(m, int) else tuple(m) for m in modes)
-        sizes = [math.prod(m) for m in modes]
+        sizes, most = [math.prod(m) for m in modes], maximal_ranks(modes)
         joined = [(a + b) / 2 for a, b in itertools.pairwise(sizes)]
+        full = max((m / j for m, j in zip(most, joined)), default=1.0)
+        ranks_at = lambda c: [min(c * full * j, m) for j, m in zip(joined, most)]
 
         def count(c: float) -> float:
-            ranks = [1, *(c * j for j in joined), 1]
+            ranks = [1, *ranks_at(c), 1]
             return sum(a * n * b for a, n, b in zip(ranks, sizes, ranks[1:]))
 
-        c = proportion(count, fraction, math.prod(sizes))
-        ranks = (max(1, min(round(c * j), most)) for j, most in zip(joined, maximal_ranks(modes)))
+        ranks = (max(1, round(r)) for r in ranks_at(proportion(count, fraction, math.prod(sizes))))
         return TensorTrainFormat(modes, tuple(ranks))
 
     @property
