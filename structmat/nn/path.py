@@ -20,6 +20,21 @@ EFFICIENCY = {
     "random_sparse": 0.05,
     "n_m_sparse": 0.35,
     "quantized": 1.0,
+    "tensor_ring": 0.12,
+    "tucker": 0.035,
+    "cp": 0.12,
+    "block_sparse": 0.4,
+    "channel_sparse": 0.85,
+    "dictionary": 0.07,
+    "einsum": 0.3,
+    "blast": 0.1,
+    "fourier": 0.09,
+    "dct": 0.08,
+    "hadamard": 0.45,
+    "toeplitz": 0.08,
+    "circulant": 0.13,
+    "block_circulant": 0.13,
+    "butterfly": 0.15,
 }
 """FLOP rate of each family's factored product relative to one dense GEMM: typical of its rows at n = 2048 and 4096, batch
 512, forward and backward, in results/bench/cpu.json (quantized: a dense GEMM on either path). On other machines the
