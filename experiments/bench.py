@@ -157,7 +157,10 @@ def timing_table(rows: list[dict], style: box.Box) -> Table:
     large = [r for r in rows if r["n"] >= 2048] or rows
     for r in sorted(large, key=lambda r: (r["direction"], r["batch"], r["n"])):
         times = [f"{r['ms']:.2f}", f"{r['dense_ms']:.2f}", f"{r['speedup']:.2f}"]
-        saved = [f"{r['flop_reduction']:.1f}", f"{r['efficiency']:.2f}", str(r["transposes"])]
+        # A permutation multiplies nothing: there is no rate to speak of.
+        none = r["flop_reduction"] > r["n"] ** 2 * r["batch"]
+        saved = ["all", "-"] if none else [f"{r['flop_reduction']:.1f}", f"{r['efficiency']:.2f}"]
+        saved.append(str(r["transposes"]))
         table.add_row(r["label"], str(r["n"]), str(r["batch"]), r["direction"], *times, *saved)
     return table
 
