@@ -335,13 +335,13 @@ def test_hooi_is_orthogonal_and_within_its_bounds():
 
 def test_cp_terms_are_ordered_balanced_and_signed():
     tensor = np.random.default_rng(4).normal(size=(5, 6, 4)).astype(np.float32)
-    factors = [np.asarray(f) for f in CPFormat.of(tensor.shape, 2).project(jnp.asarray(tensor))]
+    factors = [np.asarray(f) for f in CPFormat.of(tensor.shape, 4).project(jnp.asarray(tensor))]
     sizes = np.array([np.linalg.norm(f, axis=0) for f in factors])
     np.testing.assert_allclose(sizes, np.broadcast_to(sizes[0], sizes.shape), rtol=1e-4)
     assert np.all(np.diff(sizes[0]) <= 1e-6)
     for f in factors[:-1]:
-        assert np.all(f[np.abs(f).argmax(0), np.arange(2)] > 0)
-    again = CPFormat.of(tensor.shape, 2).project(jnp.asarray(tensor))
+        assert np.all(f[np.abs(f).argmax(0), np.arange(4)] > 0)
+    again = CPFormat.of(tensor.shape, 4).project(jnp.asarray(tensor))
     jax.tree.map(np.testing.assert_array_equal, list(again), factors)
 
 
