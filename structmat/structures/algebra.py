@@ -123,11 +123,12 @@ class BoundSum(Bound):
         """Alternating projection: each term in turn takes the nearest member to what the others leave.
 
         A step is kept only where it lowers the (weighted) error, so the error never rises, and the result is never worse
-        than `like` (default: terms projected greedily in text order). Where the terms' own projections are optimal every
-        step is the global optimum of its block given the others (block coordinate descent; GoDec, Zhou and Tao 2011,
-        for low rank plus sparse): at equal sweeps the error is that of the alternating reference. It ends where a
-        sweep gains less than GAIN, or after SWEEPS of them; not a proven optimum. Grams need every term to
-        take them in closed form.
+        than `like`. Without `like` it starts twice, from the terms projected greedily in text order and in the opposite
+        one, and the better end is kept: which term comes first decides what each one explains. Where the terms' own
+        projections are optimal every step is the global optimum of its block given the others (block coordinate
+        descent; GoDec, Zhou and Tao 2011, for low rank plus sparse): at equal sweeps the error is that of the
+        alternating reference. It ends where a sweep gains less than GAIN, or after SWEEPS of them; not a proven
+        optimum. Grams need every term to take them in closed form.
         """
         self.check_dense(w)
         for side, gram in (("in_gram", in_gram), ("out_gram", out_gram)):
@@ -139,20 +140,35 @@ class BoundSum(Bound):
                 )
         keys = jax.random.split(jax.random.key(0) if key is None else key, len(self.terms))
         grams = (in_gram, out_gram)
-        params: dict[str, Any] = {}
         target = w.astype(working_dtype(w))
-        rest = target
-        for (name, term), k in zip(self._named(), keys):
-            if like is None:
-                params[name] = term.project(rest, key=k, in_gram=in_gram, out_gram=out_gram)
-            else:
-                params[name] = jax.tree.map(functools.partial(_widened, dtype=rest.dtype), like[name])
-            rest = rest - term.materialize(params[name])
-        params = _alternate(self, SWEEPS, params, rest, keys, grams)
+        if like is None:
+            ends = [self._descend(target, self._greedy(target, order, keys, grams), keys, grams) for order in (1, -1)]
+            (params, error), (other, least) = ends
+            params = jax.tree.map(lambda a, b: jnp.where(least < error, b, a), params, other)
+        else:
+            start = {
+                n: jax.tree.map(functools.partial(_widened, dtype=target.dtype), like[n]) for n, _ in self._named()
+            }
+            params, _ = self._descend(target, start, keys, grams)
         if target.dtype == w.dtype:
             return params
         own = jax.eval_shape(functools.partial(self.init, dtype=w.dtype), jax.random.key(0))
         return jax.tree.map(lambda p, leaf: p.astype(leaf.dtype), params, own)
+
+    def _greedy(self, target: jax.Array, order: int, keys: jax.Array, grams: tuple[Any, Any]) -> dict[str, Any]:
+        """Each term projected from what those before it leave, in text order (1) or the opposite one (-1)."""
+        params: dict[str, Any] = {}
+        for (name, term), key in list(zip(self._named(), keys))[::order]:
+            params[name] = term.project(target, key=key, in_gram=grams[0], out_gram=grams[1])
+            target = target - term.materialize(params[name])
+        return {name: params[name] for name, _ in self._named()}
+
+    def _descend(
+        self, target: jax.Array, params: dict[str, Any], keys: jax.Array, grams: tuple[Any, Any]
+    ) -> tuple[dict[str, Any], jax.Array]:
+        """Where alternation from `params` ends, and its squared (weighted) error."""
+        params = _alternate(self, SWEEPS, params, target - self.materialize(params), keys, grams)
+        return params, squared_error(target - self.materialize(params), *grams)
 
     def _flops(self, rows: int) -> int:
         return sum(t._flops(rows) for t in self.terms)

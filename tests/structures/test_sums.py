@@ -157,3 +157,14 @@ def test_bfloat16_sums_are_projected_in_float32():
     best = np.linalg.norm(w - bound.materialize(bound.project(w)))
     for found in (narrow, again):
         assert np.linalg.norm(w - np.asarray(bound.materialize(found), np.float32)) < best * 1.02
+
+
+def test_the_order_of_the_terms_does_not_matter():
+    """Both greedy orders are descended from: greedy 4-bit rounding first would leave low rank its rounding errors only."""
+    rng = np.random.default_rng(11)
+    w = jnp.asarray(rng.normal(size=(32, 4)) @ rng.normal(size=(4, 32)) + 0.1 * rng.normal(size=(32, 32)), jnp.float32)
+    terms = ["quantized(4, group=32)", "low_rank(rank=4)"]
+    errors = [float(structmat.project(w, " + ".join(order)).error(w)) for order in (terms, terms[::-1])]
+    np.testing.assert_allclose(errors[0], errors[1], rtol=1e-4)
+    alone = float(structmat.project(w, terms[0]).error(w))
+    assert errors[0] < 0.5 * alone
