@@ -16,6 +16,7 @@ from tensorly.tt_tensor import validate_tt_rank
 from tensorly.tucker_tensor import validate_tucker_rank
 
 from structmat import StructureError
+from structmat.structures.alternating import least_squares
 from structmat.structures.cp_format import CPFormat
 from structmat.structures.tensor import TensorTrainFormat
 from structmat.structures.tensor_ring_format import TensorRingFormat
@@ -294,6 +295,18 @@ def test_up_to_two_axes_are_exact(kind, shape):
     tail = np.linalg.svd(tensor.reshape(shape[0], -1), compute_uv=False)[kept:]
     error = np.linalg.norm(tensor - np.asarray(form.materialize(form.project(jnp.asarray(tensor)))))
     assert error == pytest.approx(np.linalg.norm(tail), rel=1e-4, abs=1e-5)
+
+
+def test_least_squares_keeps_its_accuracy():
+    """Condition 300 in f32: 1e-5, where the normal equations alone leave 1e-3; dependent rows give the least norm."""
+    rng = np.random.default_rng(0)
+    u, v = np.linalg.qr(rng.normal(size=(40, 6)))[0], np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    design = (v * np.logspace(0, -2.5, 6)) @ u.T
+    x = rng.normal(size=(3, 6))
+    found = least_squares(jnp.asarray(design, jnp.float32), jnp.asarray(x @ design, jnp.float32))
+    assert np.linalg.norm(found - x) < 1e-5 * np.linalg.norm(x)
+    twice = np.concatenate([u.T[:2], u.T[:2]]).astype(np.float32)
+    np.testing.assert_allclose(least_squares(twice, u.T[:1].astype(np.float32)), [[0.5, 0, 0.5, 0]], atol=1e-5)
 
 
 @iterative
