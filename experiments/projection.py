@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app
 from threadpoolctl import threadpool_limits
 
+from experiments.own_flags import OwnFlags
 from experiments.projection_report import TOLERANCE, report
 from structmat.structures import Bound, parse, project, svd_method
 from structmat.structures.linalg import truncated_svd
@@ -36,11 +37,12 @@ SINGLE_FLOOR = 1e-6
 NOTES = {
     False: f"Errors are |w - M| / |w| in double precision on both sides; those below {FLOOR} count as equal. Times are "
     "medians over the matrices and calls in double precision, BLAS on one thread, ours after compilation.",
-    True: "One call each after compilation, in single precision, BLAS on all cores.",
+    True: "One call each after compilation, in single precision, BLAS on one thread.",
 }
 SIZES = {"cpu": (128, 192), "quick": (16, 24)}
 SVD_SIZES = {"cpu": (1024, 2048, 4096), "quick": (256,)}
 
+flags = OwnFlags()
 _QUICK = flags.DEFINE_bool("quick", False, "small sizes and two matrices: a smoke test")
 _SVD = flags.DEFINE_bool("svd", False, "time randomised SVDs beside exact ones instead of the table")
 _ONLY = flags.DEFINE_string("only", "", "only structures whose text contains this; other rows of --out are kept")
@@ -153,7 +155,8 @@ def measure_svd(n: int) -> Iterator[dict[str, Any]]:
 
     def run(w: np.ndarray, rank: int) -> tuple[Any, float]:
         call = jax.jit(lambda w: truncated_svd(w, rank)).lower(w).compile()
-        return timed(lambda: call(w), 1)
+        with threadpool_limits(1, user_api="blas"):
+            return timed(lambda: call(w), 1)
 
     for name, w in spectra.items():
         (_, singular, _), exact = run(w, n)
@@ -230,4 +233,4 @@ def merged(rows: list[dict], new: dict) -> list[dict]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.run(main)

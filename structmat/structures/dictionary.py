@@ -35,7 +35,9 @@ from structmat.structures.sparse_coding import (
     ksvd_rounds,
     orthonormal_rounds,
     refit,
+    search,
     spectral_start,
+    tries,
 )
 from structmat.structures.sparse_products import gather_product, scatter_product
 
@@ -145,7 +147,8 @@ class BoundDictionary(Bound):
         in_gram: jax.Array | None = None,
         out_gram: jax.Array | None = None,
     ) -> dict[str, Any]:
-        """K-SVD with orthogonal matching pursuit, from the best of `like` and the spectral start.
+        """K-SVD with orthogonal matching pursuit, from the best of `like` and the spectral start, and below 2^18 entries
+        from random columns of w too (`search`; `key` draws them, a fixed one if left out).
 
         The start is the truncated SVD with its coefficients thresholded, improved by COMPOT's alternation where atoms
         <= d_in, and completed by columns of w where atoms > d_in. Every step is kept only if it lowers the error, so
@@ -167,7 +170,8 @@ class BoundDictionary(Bound):
         if out_gram is not None:
             right = diagonal_roots(out_gram, self.d_out, "out_gram", self.structure.name)[0]
             right = jnp.maximum(right, jnp.finfo(right.dtype).eps * jnp.max(right))  # columns not seen follow w
-        new = _solve(w, left, right, like, *self._sizes)
+        key = jax.random.key(0) if key is None else key
+        new = _solve(w, left, right, like, key, *self._sizes)
         return keep_better(self, w, new, like, in_gram, out_gram)
 
     def _flops(self, rows: int) -> int:
@@ -178,14 +182,20 @@ class BoundDictionary(Bound):
         return 2 * self.d_in * self.structure.atoms * self.d_out
 
 
-@jit_projection(4, 5)
+@jit_projection(5, 6)
 def _solve(
-    w: jax.Array, left: jax.Array | None, right: jax.Array | None, like: Params | None, k: int, count: int
+    w: jax.Array,
+    left: jax.Array | None,
+    right: jax.Array | None,
+    like: Params | None,
+    key: jax.Array,
+    k: int,
+    count: int,
 ) -> dict[str, jax.Array]:
     """Parameters for |left (w - M) right|, from `like` or the better start."""
     wide = w.astype(working_dtype(w))
     t = scale_columns(scale_rows(left, wide), right)
-    fit = spectral_start(t, k, count)
+    spectral = fit = spectral_start(t, k, count)
     old = fit
     if like is not None:
         values = like["values"].astype(t.dtype)
@@ -193,7 +203,9 @@ def _solve(
         old = fit_of(t, scale_rows(left, like["dictionary"].astype(t.dtype)), code)
     if k <= t.shape[0] and count < k:
         fit = orthonormal_rounds(t, fit, fit.error <= old.error)
-    fit = ksvd_rounds(t, better(old, fit))
+    fit = better(old, fit)
+    starts = tries(t.size) if count < k else 0
+    fit = search(t, [fit, spectral], key, starts) if starts else ksvd_rounds(t, fit)
     z = dense_code(fit.code, k)
     if left is None:
         d, (values, rows), _ = better(fit_of(t, refit(t, z), fit.code), fit)
