@@ -147,6 +147,22 @@ def test_an_atom_no_column_uses_becomes_the_worst_fitted_column():
     np.testing.assert_allclose(new.dictionary[:, 5], unit(np.asarray(t))[:, left.argmax()], atol=1e-5)
 
 
+def test_search_leaves_the_minimum_its_start_falls_into():
+    """Below K-SVD from the same start, no worse than any fit given, the same for the same key; nothing to do at zero."""
+    i, j = np.arange(32)[:, None], np.arange(48)
+    t = jnp.asarray(0.5 ** np.abs(i - j), jnp.float32)
+    run = jax.jit(lambda t, fit, key: sc.search(t, [fit], key, 2))
+    start = sc.spectral_start(t, 8, 2)
+    found, again = (run(t, start, jax.random.key(1)) for _ in range(2))
+    np.testing.assert_array_equal(found.dictionary, again.dictionary)
+    assert float(found.error) < 0.98 * float(jax.jit(sc.ksvd_rounds)(t, start).error) < float(start.error)
+    assert float(run(t, found, jax.random.key(2)).error) <= float(found.error)
+    member = found.dictionary @ sc.dense_code(found.code, 8)
+    solved = sc.fit_of(member, found.dictionary, found.code)
+    jax.tree.map(np.testing.assert_array_equal, run(member, solved, jax.random.key(3)), solved)
+    assert [sc.tries(n) for n in (64, 2**15, 2**16, 2**17, 2**18, 2**24)] == [8, 7, 3, 1, 0, 0]
+
+
 # -- projection ------------------------------------------------------------------------------------------------------
 
 
