@@ -23,6 +23,7 @@ from experiments.own_flags import OwnFlags
 from experiments.projection_report import TOLERANCE, report
 from structmat.structures import Bound, parse, project, svd_method
 from structmat.structures.linalg import truncated_svd
+from structmat.training import environment
 from structmat.training.record import Record
 
 try:
@@ -45,7 +46,9 @@ SVD_SIZES = {"cpu": (1024, 2048, 4096), "quick": (256,)}
 flags = OwnFlags()
 _QUICK = flags.DEFINE_bool("quick", False, "small sizes and two matrices: a smoke test")
 _SVD = flags.DEFINE_bool("svd", False, "time randomised SVDs beside exact ones instead of the table")
-_ONLY = flags.DEFINE_string("only", "", "only structures whose text contains this; other rows of --out are kept")
+_ONLY = flags.DEFINE_string(
+    "only", "", "only structures whose text contains this; other rows of --out, each with its commit, are kept"
+)
 _OUT = flags.DEFINE_string("out", "", "Record JSON to write; default results/projection/<backend>[_svd][_quick].json")
 _REPEATS = flags.DEFINE_integer(
     "repeats", 3, "timed calls per row; one where a call takes over a second", lower_bound=1
@@ -110,6 +113,7 @@ def measure(row: Row, sizes: tuple[int, int], names: list[str], repeats: int) ->
             rows.append(
                 {
                     "label": text,
+                    "commit": environment.versions().get("git", ""),
                     "structure": str(bound.structure),
                     "matrix": name,
                     "shape": [n, m],
@@ -198,7 +202,11 @@ def main(argv: list[str]) -> None:
     for part in parts:
         for found in part:
             print(
-                "  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in found.items() if k != "structure"),
+                "  ".join(
+                    f"{v:.4g}" if isinstance(v, float) else str(v)
+                    for k, v in found.items()
+                    if k not in ("structure", "commit")
+                ),
                 flush=True,
             )
             rows = merged(rows, found)
