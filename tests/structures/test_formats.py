@@ -16,6 +16,7 @@ from tensorly.tt_tensor import validate_tt_rank
 from tensorly.tucker_tensor import validate_tucker_rank
 
 from structmat import StructureError
+from structmat.structures import alternating
 from structmat.structures.alternating import least_squares
 from structmat.structures.cp_format import CPFormat
 from structmat.structures.tensor import TensorTrainFormat
@@ -319,15 +320,17 @@ def test_never_worse_than_like(kind):
         assert relative(form, found, tensor) <= relative(form, like, tensor) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("kind", [CPFormat, TensorRingFormat], ids=lambda k: k.__name__)
-def test_like_is_a_start(kind):
-    """Smooth tensors are flat to descend on: from the result of one run another gets further."""
-    tensor = tensors((5, 6, 4))["smooth"]
+@iterative
+def test_like_is_a_start(kind, monkeypatch):
+    """Cut short, one run leads less far than a second run from its result."""
+    monkeypatch.setattr(alternating, "effort", lambda size: (1, 2))
+    monkeypatch.setattr(alternating, "_TRIAL", 2)
+    tensor = np.random.default_rng(8).normal(size=(7, 5, 6))
     form = kind.of(tensor.shape, 3)
     with jax.enable_x64(True):
         once = form.project(jnp.asarray(tensor))
         twice = form.project(jnp.asarray(tensor), like=once)
-        assert relative(form, twice, tensor) < (1 - 1e-5) * relative(form, once, tensor)
+        assert relative(form, twice, tensor) < (1 - 1e-4) * relative(form, once, tensor)
 
 
 def test_hooi_is_orthogonal_and_within_its_bounds():
