@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import structmat
 from structmat.structures import Bound
@@ -151,6 +152,17 @@ def names(structure: structmat.Structure) -> set[str]:
     """Names of a structure and of all its parts."""
     parts = structure.parts() if hasattr(structure, "parts") else ()
     return {structure.name}.union(*(names(p) for p in parts))
+
+
+def with_long(cases: list[Case]) -> list[Any]:
+    """Parameters for the costlier tests: the first case of every structure name at once, the others among the long tests."""
+    seen: set[str] = set()
+    marks = []
+    for case in cases:
+        name = bind(case).structure.name
+        marks.append(pytest.param(case, marks=[pytest.mark.long] if name in seen else [], id=label(case)))
+        seen.add(name)
+    return marks
 
 
 @functools.cache

@@ -28,10 +28,12 @@ from tests.structures.cases import (
     names,
     rows,
     split,
+    with_long,
 )
 from tests.structures.flops import count_flops
 
 every = pytest.mark.parametrize("case", CASES, ids=label)
+costly = pytest.mark.parametrize("case", with_long(CASES))
 one_per_name = pytest.mark.parametrize("case", {bind(c).structure.name: c for c in CASES}.values(), ids=label)
 
 
@@ -109,7 +111,7 @@ def test_products_equal_the_dense_ones(case):
     assert (flipped.d_in, flipped.d_out) == (bound.d_out, bound.d_in) and flipped.transpose() == bound
 
 
-@every
+@costly
 def test_float64_products_and_gradients(case):
     """In double precision: the product to 1e-12, gradients against the dense path and against central differences."""
     bound = bind(case)
@@ -252,7 +254,7 @@ def sample(leaf, current, rng, count):
     return np.asarray(leaf.std * unit(size=shape), np.float32)
 
 
-@every
+@costly
 def test_output_size_at_init(case):
     """E[y^2] for x of variance 1 is |W|^2 / d_out: 1 for `variance`, the product over the factors for `spectral`."""
     bound, rng = bind(case), np.random.default_rng(0)
@@ -279,7 +281,7 @@ def scales(bound):
     return True
 
 
-@every
+@costly
 def test_init_follows_the_declaration(case):
     """Entries have the declared RMS, depend on the key alone, and `gain` scales the matrix."""
     bound = bind(case)

@@ -11,19 +11,10 @@ import pytest
 import structmat
 from structmat import StructureError
 from structmat.structures.algebra import BoundSum
-from tests.structures.cases import (
-    CASES,
-    bind,
-    dense,
-    draw,
-    is_float,
-    label,
-    outside,
-    projects,
-)
+from tests.structures.cases import CASES, bind, dense, draw, is_float, outside, projects, with_long
 
 PROJECTED = [c for c in CASES if projects(bind(c))]
-every = pytest.mark.parametrize("case", PROJECTED, ids=label)
+every = pytest.mark.parametrize("case", with_long(PROJECTED))
 
 
 @functools.cache
