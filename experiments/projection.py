@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from experiments.own_flags import OwnFlags
 from experiments.projection_report import TOLERANCE, report
-from structmat.structures import Bound, parse, project, svd_method
+from structmat.structures import FAMILIES, Bound, parse, project, svd_method
 from structmat.structures.linalg import truncated_svd
 from structmat.training import environment
 from structmat.training.record import Record
@@ -229,6 +229,8 @@ def main(argv: list[str]) -> None:
         record.write(out)
     report(Record.read(out), out)
     print(f"written: {out}, {out.with_suffix('.md')}")
+    if rest := [name for name in FAMILIES if name not in {parse(r.text.format(r=8, k=32)).name for r in ROWS}]:
+        print(f"families without a row: {', '.join(rest)}")
     if failing := [f"{r['label']} on {r['matrix']}: {r['ratio']:.6f}" for r in rows if not r.get("ok", True)]:
         sys.exit("error ratios above 1 + 1e-5:\n" + "\n".join(failing))
 

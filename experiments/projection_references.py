@@ -167,6 +167,15 @@ def circulant(w: np.ndarray, bound: Bound) -> np.ndarray:
     return scipy.linalg.circulant([np.mean(w[rows, (rows + k) % len(w)]) for k in rows]).T
 
 
+def block_circulant(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """Block by block."""
+    b, found = bound.structure.block, np.zeros_like(w)
+    for i in range(0, w.shape[0], b):
+        for j in range(0, w.shape[1], b):
+            found[i : i + b, j : j + b] = circulant(w[i : i + b, j : j + b], bound)
+    return found
+
+
 def diagonal(w: np.ndarray, bound: Bound) -> np.ndarray:
     return np.diag(np.diag(w))
 
@@ -306,6 +315,7 @@ ROWS = [
     Row("quantized(bits=8, group=8)", "absmax rounding", absmax),
     Row("toeplitz()", "numpy diagonal means", toeplitz),
     Row("circulant()", "numpy diagonal means", circulant, square=True),
+    Row("block_circulant(block=8)", "numpy diagonal means", block_circulant),
     Row("householder(reflections={r})", "numpy SVD, polar", householder),
     Row("permutation()", "scipy linear_sum_assignment", permutation, square=True),
     Row("identity()", "numpy eye", fixed(np.eye), square=True),

@@ -75,9 +75,8 @@ def test_the_command(tmp_path):
     assert wrong.returncode and "is in none of" in wrong.stdout + wrong.stderr
 
 
-def test_every_family_has_a_row_that_binds():
-    named = {parse(r.text.format(r=8, k=32)).name for r in ROWS}
-    assert named >= set(FAMILIES) - {"dense"}
+def test_rows_bind_at_all_sizes():
+    assert len({r.text for r in ROWS}) == len(ROWS) > 30
     for r in ROWS:
         for n, m in projection.SIZES.values():
             parse(r.text.format(r=max(2, n // 16), k=n // 4)).bind(n, n if r.square else m)
@@ -108,5 +107,5 @@ def test_the_published_record_holds():
     record = Record.read(ROOT / "results/projection/cpu.json")
     rows = record.metrics["rows"]
     assert record.device["platform"] == "cpu" and {tuple(r["shape"]) for r in rows} == {(128, 192), (128, 128)}
-    assert {parse(r["label"]).name for r in rows} >= set(FAMILIES) - {"dense"} and len({r["matrix"] for r in rows}) == 5
-    assert all(r.get("ok", True) for r in rows)
+    assert len({parse(r["label"]).name for r in rows} & set(FAMILIES)) >= 29 and len({r["matrix"] for r in rows}) == 5
+    assert all(r.get("ok", True) for r in rows) and all(r["ratio"] <= 1 + 1e-5 for r in rows if "ratio" in r)
