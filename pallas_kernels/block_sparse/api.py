@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_sparse import tpu
-from pallas_kernels.block_sparse.configs import tiles, token_tiles
+from pallas_kernels.block_sparse.configs import tiles
 from pallas_kernels.block_sparse.xla import block_product
 from pallas_kernels.chips import Chip, current_chip
 from pallas_kernels.dispatch import Choice, Implementation, KernelError, resolve
+from pallas_kernels.tiling import LANES, token_tiles, whole_sublanes, whole_tiles
 
 OP = "block_sparse"
-LANES = 128
 
 
 def block_sparse(
@@ -86,7 +86,7 @@ def _unsupported(m: int, k: int, grid: tuple[int, int, int, int], dtype: Any, ch
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def product(x: jax.Array, values: jax.Array, rows: jax.Array, chip: Chip, interpret: Any = False) -> jax.Array:
     """The kernel and its gradients: x (M, K), values (C, R, p, s) of one dtype, rows int32 (C, R) -> (M, C s)."""
-    padded, m = _whole_sublanes(x)
+    padded, m = whole_sublanes(x)
     tile = tiles("forward", chip, padded.shape[0], x.shape[1], values.shape, x.dtype.itemsize)
     return tpu.forward(padded, values, rows.reshape(-1), tile, interpret)[:m]
 
@@ -97,22 +97,16 @@ def _forward(x: jax.Array, values: jax.Array, rows: jax.Array, chip: Chip, inter
 
 def _backward(chip: Chip, interpret: Any, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, values, rows = kept
-    (k, grid, size), (dy, m) = (x.shape[1], values.shape, x.dtype.itemsize), _whole_sublanes(dy)
+    (k, grid, size), (dy, m) = (x.shape[1], values.shape, x.dtype.itemsize), whole_sublanes(dy)
     tile = tiles("backward_x", chip, dy.shape[0], k, grid, size)
     dx = tpu.backward_x(dy, values, rows.reshape(-1), k, tile, interpret)[:m]
     tile = tiles("backward_values", chip, dy.shape[0], k, grid, size)
-    x, dy = (jnp.pad(a, ((0, -a.shape[0] % tile.tokens), (0, 0))) for a in (x, dy))
+    x, dy = (whole_tiles(a, tile.tokens) for a in (x, dy))
     dw = tpu.backward_values(x, dy[: x.shape[0]], rows.reshape(-1), grid, tile, interpret)
     return dx, dw.astype(values.dtype), None
 
 
 product.defvjp(_forward, _backward)
-
-
-def _whole_sublanes(x: jax.Array) -> tuple[jax.Array, int]:
-    """x padded with zero rows to whole sublanes, and its number of rows."""
-    m = x.shape[0]
-    return jnp.pad(x, ((0, -m % (8 * 4 // x.dtype.itemsize)), (0, 0))), m
 
 
 def _check(x: jax.Array, values: jax.Array, rows: jax.Array) -> tuple[tuple[int, int, int, int], int]:

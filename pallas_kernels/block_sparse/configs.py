@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.chips import MIB, Chip
-
-SPILL = 2 * MIB
-"""Room for what the compiler spills, asked for beside the buffers."""
+from pallas_kernels.chips import Chip
+from pallas_kernels.tiling import SPILL, token_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +38,6 @@ def tiles(kind: str, chip: Chip, m: int, k: int, grid: tuple[int, int, int, int]
         fits = ((t, g) for t in tokens for g in few if _bytes(kind, t, g, k, grid, size) <= limit)
     found = next(fits, None)
     return None if found is None else Tiles(*found, _bytes(kind, *found, k, grid, size) * 5 // 4 + SPILL)
-
-
-def token_tiles(m: int, size: int) -> list[int]:
-    """Token tiles to try, largest first: 1024 down to 128, or all rows (padded to whole sublanes) where there are fewer."""
-    least = 8 * 4 // size
-    whole = -(-m // least) * least
-    return [t for t in (1024, 512, 256, 128) if t <= whole] or [whole]
 
 
 def _bytes(kind: str, tokens: int, group: int, k: int, grid: tuple[int, int, int, int], size: int) -> int:

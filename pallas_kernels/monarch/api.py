@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from pallas_kernels.chips import Chip, current_chip
 from pallas_kernels.dispatch import Choice, Implementation, KernelError, resolve
 from pallas_kernels.monarch import tpu
-from pallas_kernels.monarch.configs import LANES, tiles
+from pallas_kernels.monarch.configs import tiles
 from pallas_kernels.monarch.xla import two_stage
+from pallas_kernels.tiling import LANES, whole_sublanes, whole_tiles
 
 OP = "monarch"
 NARROWEST = 64
@@ -95,7 +96,7 @@ def product(x: jax.Array, right: jax.Array, left: jax.Array, chip: Chip, interpr
 
 
 def _stages(kind: str, x: jax.Array, right: jax.Array, left: jax.Array, chip: Chip, interpret: Any) -> jax.Array:
-    x, m = _whole_sublanes(x)
+    x, m = whole_sublanes(x)
     tile = tiles(kind, chip, x.shape[0], _sizes(right, left), x.dtype.itemsize)
     return tpu.forward(x, right, left, tile, interpret, transposed=kind == "backward_x")[:m]
 
@@ -107,9 +108,9 @@ def _forward(x: jax.Array, right: jax.Array, left: jax.Array, chip: Chip, interp
 def _backward(chip: Chip, interpret: Any, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, right, left = kept
     dx = _stages("backward_x", dy, right, left, chip, interpret)
-    padded, _ = _whole_sublanes(x)
+    padded, _ = whole_sublanes(x)
     tile = tiles("backward_weights", chip, padded.shape[0], _sizes(right, left), x.dtype.itemsize)
-    x, dy = (jnp.pad(a, ((0, -a.shape[0] % tile.tokens), (0, 0))) for a in (x, dy))
+    x, dy = (whole_tiles(a, tile.tokens) for a in (x, dy))
     dright, dleft = tpu.backward_weights(x, dy, right, left, tile, interpret)
     return dx, dright.astype(right.dtype), dleft.astype(left.dtype)
 
@@ -121,9 +122,3 @@ def _sizes(right: jax.Array, left: jax.Array) -> tuple[int, int, int, int, int]:
     """(k, p, l, s, r)."""
     (k, p, lr), (l, _, s) = right.shape, left.shape
     return k, p, l, s, lr // l
-
-
-def _whole_sublanes(x: jax.Array) -> tuple[jax.Array, int]:
-    """x padded with zero rows to whole sublanes, and its number of rows."""
-    m = x.shape[0]
-    return jnp.pad(x, ((0, -m % (8 * 4 // x.dtype.itemsize)), (0, 0))), m

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.chips import MIB, Chip
-
-LANES = 128
-SPILL = 2 * MIB
-"""Room for what the compiler spills, asked for beside the buffers."""
+from pallas_kernels.chips import Chip
+from pallas_kernels.tiling import LANES, SPILL, token_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +33,13 @@ def tiles(kind: str, chip: Chip, m: int, sizes: tuple[int, int, int, int, int], 
     fits = (
         (t, g)
         for g in groups
-        for t in token_tiles(m, size)
+        for t in token_tiles(m, size, 512)
         if _bytes(kind, t, g, (k, p, l, s, r), size) <= 0.7 * chip.vmem
     )
     found = next(fits, None)
     if found is None:
         return None
     return Tiles(*found, _bytes(kind, *found, (k, p, l, s, r), size) * 5 // 4 + SPILL)
-
-
-def token_tiles(m: int, size: int) -> list[int]:
-    """Token tiles to try, largest first, or all rows (padded to whole sublanes) where there are fewer."""
-    least = 8 * 4 // size
-    whole = -(-m // least) * least
-    return [t for t in (512, 256, 128) if t <= whole] or [whole]
 
 
 def _bytes(kind: str, tokens: int, group: int, sizes: tuple[int, int, int, int, int], size: int) -> int:

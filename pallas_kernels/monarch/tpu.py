@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.monarch.configs import LANES, Tiles
+from pallas_kernels.monarch.configs import Tiles
+from pallas_kernels.tiling import LANES
 
 CHUNK = 256
 """Columns of y computed by one dot: keeps bodies short enough to compile in seconds."""

@@ -111,7 +111,8 @@ class BoundHouseholder(Bound):
 
     def _sample(self, name: str, leaf: Leaf, key: jax.Array, dtype: Any) -> jax.Array:
         if name == "signs":
-            return jax.random.rademacher(key, leaf.shape, leaf.dtype)
+            # Not `rademacher`, whose draws depend on the 64-bit switch.
+            return jnp.where(jax.random.bits(key, leaf.shape, jnp.uint8) & 1, 1, -1).astype(leaf.dtype)
         if leaf.law == "normal":
             return super()._sample(name, leaf, key, dtype)
         q = jnp.linalg.qr(jax.random.normal(key, leaf.shape, jnp.promote_types(dtype, jnp.float32)))[0]

@@ -154,7 +154,7 @@ class BoundQuantized(Bound):
     def _sample(self, name: str, leaf: Leaf, key: jax.Array, dtype: Any) -> jax.Array:
         if name == "codes":
             lines, groups, group = self._sizes
-            drawn = jax.random.normal(key, (lines, groups * group)) * (SPREAD * self._levels[-1])
+            drawn = jax.random.normal(key, (lines, groups * group), jnp.float32) * (SPREAD * self._levels[-1])
             return pack(nearest_codes(drawn, self._levels), self.structure.bits)
         return jnp.full(leaf.shape, leaf.std, dtype)
 

@@ -172,9 +172,13 @@ def bind(case: Case) -> Bound:
     return structmat.parse(text).bind(in_shape, out_shape)
 
 
-@functools.cache
 def draw(case: Case, seed: int = 0) -> dict[str, Any]:
     """Parameters of a case with independent normal entries (std 1/2), also where its init is zero or one."""
+    return _draw(case, seed)
+
+
+@functools.cache
+def _draw(case: Case, seed: int) -> dict[str, Any]:
     bound, rng = bind(case), np.random.default_rng(seed)
     shapes = jax.eval_shape(bound.init, jax.random.key(seed))
     if not all(is_float(s) for s in jax.tree.leaves(shapes)):
@@ -184,9 +188,13 @@ def draw(case: Case, seed: int = 0) -> dict[str, Any]:
     return jax.tree.map(lambda s: jnp.asarray(normal(s)) if is_float(s) else s, shapes)
 
 
-@functools.cache
 def dense(case: Case, seed: int = 0) -> np.ndarray:
     """The matrix of `draw`, computed by `materialize`."""
+    return _dense(case, seed)
+
+
+@functools.cache
+def _dense(case: Case, seed: int) -> np.ndarray:
     return np.asarray(jax.jit(bind(case).materialize)(draw(case, seed)))
 
 

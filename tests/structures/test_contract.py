@@ -111,6 +111,18 @@ def test_products_equal_the_dense_ones(case):
     assert (flipped.d_in, flipped.d_out) == (bound.d_out, bound.d_in) and flipped.transpose() == bound
 
 
+INDEXED = [c for c in CASES if not all(map(is_float, jax.tree.leaves(jax.eval_shape(bind(c).init, jax.random.key(0)))))]
+
+
+@pytest.mark.parametrize("case", with_long(INDEXED))
+def test_supports_and_codes_do_not_depend_on_the_64_bit_switch(case):
+    init = bind(case).init
+    indices = lambda: [np.asarray(v) for v in jax.tree.leaves(jax.jit(init)(jax.random.key(0))) if not is_float(v)]
+    narrow = indices()
+    with jax.enable_x64(True):
+        jax.tree.map(np.testing.assert_array_equal, indices(), narrow)
+
+
 @costly
 def test_float64_products_and_gradients(case):
     """In double precision: the product to 1e-12, gradients against the dense path and against central differences."""

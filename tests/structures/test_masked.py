@@ -130,7 +130,10 @@ def test_combines_with_freezing_transposing_and_fit():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("masked(dense(), low_rank(rank=2))", r"pattern must be n_m_sparse\(...\), random_sparse.* or channel_sparse\(...\), got low_rank"),
+        (
+            "masked(dense(), low_rank(rank=2))",
+            r"pattern must be n_m_sparse\(...\), random_sparse.* or channel_sparse\(...\), got low_rank",
+        ),
         ("masked(dense())", "needs pattern"),
         ("masked(dense(), n_m_sparse(2, 4), rule='srste')", "did you mean 'sr_ste'"),
         ("masked(dense(), n_m_sparse(2, 4), decay=-1.0)", "decay must not be negative, got -1"),
