@@ -1,0 +1,126 @@
+"""The TPU compiler's own estimate of a program's cycles, on a machine without a TPU.
+
+libtpu writes it for every operation of a program it compiles when asked to; a process of its own asks, because the flag
+is read once and some programs abort the profiler. Estimates rank programs and are no measurement: operations whose
+operands XLA keeps on chip are charged no memory time, so compare `max(cycles, floor)` with the memory floor beside them.
+
+    python -m experiments.static_cycles --chip=v5e --op=block_sparse --tokens=1024 --n=4096 --options=block=128,density=0.25
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.own_flags import OwnFlags
+from experiments.products import OPS, Product, parse_options
+from pallas_kernels import CHIPS
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
+"""Chips whose profiles can be written (that of v4 aborts)."""
+CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "v7x": 1.1e9}
+"""Cycles per second behind the estimates: peak FLOP/s over FLOPs per cycle of the matrix units; v6e's is assumed."""
+FLAG = "--xla_jf_dump_static_llo_profile_to="
+IMPLEMENTATIONS = ("dense", "xla", "pallas")
+DIRECTIONS = ("forward", "both")
+
+flags = OwnFlags()
+_CHIP = flags.DEFINE_enum("chip", "v5e", list(TOPOLOGIES), "chip to compile for")
+_OP = flags.DEFINE_enum("op", "block_sparse", list(OPS), "product")
+_TOKENS = flags.DEFINE_integer("tokens", 1024, "rows of x", lower_bound=1)
+_N = flags.DEFINE_integer("n", 4096, "width of the square product", lower_bound=1)
+_OPTIONS = flags.DEFINE_string("options", "", "sizes of the structure, such as block=128,density=0.25")
+_DIRECTION = flags.DEFINE_enum("direction", "forward", DIRECTIONS, "forward, or the product and all its gradients")
+_WHICH = flags.DEFINE_list("implementations", list(IMPLEMENTATIONS), "which of dense, xla, pallas")
+_LIMIT = flags.DEFINE_float("limit", 100, "seconds a compile may take")
+_COMPILE = flags.DEFINE_string(
+    "compile", "", "the program a child process compiles, as JSON; for this command's own use"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Attributes:
+    cycles: of the whole program, or None where the compiler gave none. why: then what happened. parts: cycles by operation.
+    """
+
+    cycles: int | None
+    why: str = ""
+    parts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def estimate(
+    product: Product, chip: str, implementation: str, direction: str = "forward", limit: float = 300
+) -> Estimate:
+    """Cycles of `product` compiled for one device of `chip`, in at most `limit` seconds.
+
+    Args:
+      implementation: `dense` (the same sizes as one GEMM), `xla` or `pallas`.
+      direction: `forward`, or `both` for the product and all its gradients.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {
+            "LIBTPU_INIT_ARGS": FLAG + folder,
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+        asked = json.dumps([dataclasses.asdict(product), chip, implementation, direction])
+        try:
+            run = subprocess.run(
+                [sys.executable, "-m", "experiments.static_cycles", f"--compile={asked}"],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired:
+            return Estimate(None, f"not compiled in {limit:g} s")
+        if run.returncode:
+            said = [line for line in run.stderr.splitlines() if "Error" in line or "error" in line]
+            return Estimate(None, said[-1][:300] if said else f"the profiler ended with code {run.returncode}")
+        parts = {}
+        for path in Path(folder).rglob("*"):
+            if path.is_file():
+                found = re.findall(r"estimated_cycles:\s*(\d+)", path.read_text(errors="ignore"))
+                if found:
+                    parts[path.stem] = max(map(int, found))
+    return Estimate(sum(parts.values()), parts=parts) if parts else Estimate(None, "no profile was written")
+
+
+def compile_product(product: Product, chip: str, implementation: str, direction: str) -> None:
+    """What the child does: compile for one device of the chip's topology."""
+    import jax
+
+    from structmat.parallel import topology_mesh
+
+    one = jax.sharding.Mesh(topology_mesh(TOPOLOGIES[chip]).devices.reshape(-1)[:1], ("one",))
+    whole = jax.sharding.NamedSharding(one, jax.sharding.PartitionSpec())
+    function, arguments = product.program(implementation, direction)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), arguments)
+    with jax.set_mesh(one):
+        jax.jit(function).lower(*arguments).compile()
+
+
+def main(_: Sequence[str]) -> None:
+    if _COMPILE.value:
+        fields, *rest = json.loads(_COMPILE.value)
+        compile_product(Product(**fields), *rest)
+        return
+    product, chip = Product(_OP.value, _TOKENS.value, _N.value, parse_options(_OPTIONS.value)), _CHIP.value
+    floor = product.floor(CHIPS[chip].bandwidth, _DIRECTION.value) * CLOCKS[chip]
+    print(f"{product} on {chip}, {_DIRECTION.value}: memory floor {floor:,.0f} cycles (compiler's estimates below)")
+    for implementation in _WHICH.value:
+        found = estimate(product, chip, implementation, _DIRECTION.value, _LIMIT.value)
+        print(f"  {implementation:8}", f"{found.cycles:,}" if found.cycles else found.why, found.parts)
+
+
+if __name__ == "__main__":
+    flags.run(main)
