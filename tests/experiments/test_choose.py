@@ -35,6 +35,7 @@ def workdir(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.long
 def test_weights_of_a_run_are_those_of_the_loaded_model(workdir):
     loaded, stored = load_run(workdir), stored_weights(workdir)
     assert stored.step == 2 and len(stored.readers) == 12 and "embed" not in stored.readers

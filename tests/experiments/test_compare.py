@@ -53,6 +53,7 @@ def test_no_dense_small_when_nothing_is_saved(config):
     assert [a.label for a in make_arms(config, ["low_rank(rank=16)"])] == ["dense", "low_rank(rank=16)"]
 
 
+@pytest.mark.long
 def test_report_and_records(finished):
     folder, record = finished
     rows = record.metrics["rows"]
@@ -93,6 +94,7 @@ def test_bad_arms_are_refused_before_any_starts(config, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.long
 def test_a_run_loads_and_generates(finished):
     folder, _ = finished
     run = load_run(folder / "arms" / "fit_low_rank_monarch_blocks_4_params_0.8")

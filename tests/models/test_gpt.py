@@ -7,6 +7,7 @@ import pytest
 from structmat.models import GPT, MLP
 from structmat.nn import assign, leaf_groups, site_params, sites
 from structmat.structures import StructureError
+from tests.marks import mostly_long
 
 TOKENS = jax.ShapeDtypeStruct((2, 12), jnp.int32)
 SIZES = dict(vocab=32, context=12, layers=3, width=16, heads=2)
@@ -52,7 +53,7 @@ def unstack(held):
     return {"params": params}
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", mostly_long(["none", "full", "dots"], ["full"]))
 def test_scanned_equals_unrolled(tokens, remat):
     model = assign(GPT(**SIZES, remat=remat), RULES, TOKENS)
     held = shaken(model, tokens)

@@ -9,6 +9,7 @@ import pytest
 from structmat.nn import PROBE, StructuredConv, sites
 from structmat.structures import StructureError, parse
 from structmat.structures.convolution import kernel_of, matrix_of, view_shapes
+from tests.marks import mostly_long
 
 KEY = jax.random.key(0)
 CIN, COUT, WINDOW = 6, 8, (3, 2)
@@ -52,7 +53,7 @@ def flat(rng, *shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize(("text", "view"), FACTORED)
+@pytest.mark.parametrize(("text", "view"), mostly_long(FACTORED, FACTORED[::3]))
 def test_factored_equals_flax_with_the_materialised_kernel(text, view):
     rng = np.random.default_rng(0)
     x = flat(rng, 2, 9, 7, CIN)

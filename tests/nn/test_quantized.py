@@ -48,6 +48,7 @@ def test_the_product_does_not_keep_a_dense_copy_by_default():
         assert choose_path(parse("quantized(4)").bind(512, 512), rows)[0] == "factored"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scan", [True, False])
 def test_a_model_trains_its_low_rank_half_alone(scan):
     tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, 16)

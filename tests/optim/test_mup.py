@@ -9,6 +9,7 @@ from structmat.models import GPT
 from structmat.nn import assign, sites
 from structmat.optim import decay_mask, leaf_multiplier, make_optimizer, make_schedule, multipliers
 from structmat.structures import StructureError, flatten_leaves, parse
+from tests.marks import mostly_long
 from tests.optim.width import BASE, feature_update
 
 WIDTHS = (64, 1024)
@@ -45,7 +46,7 @@ def dense_update():
     return feature_update("dense()", 1024)
 
 
-@pytest.mark.parametrize("text", FAMILIES + SPARSE)
+@pytest.mark.parametrize("text", mostly_long(FAMILIES + SPARSE, (FAMILIES + SPARSE)[::3]))
 def test_feature_update_is_flat_in_width_and_near_dense(text, dense_update):
     updates = [feature_update(text, w) for w in (WIDTHS if text in FAMILIES else (512, 1024))]
     assert max(updates) / min(updates) < FLAT, updates

@@ -26,6 +26,7 @@ from structmat.training.build import compile_step, optimizer_for
 from structmat.training.config import default, validate
 from structmat.training.state import create_state, plan_state
 from structmat.training.step import make_step
+from tests.marks import mostly_long
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SIZE = 64
@@ -111,7 +112,7 @@ def agree(structure, meshes):
             assert error < 1e-5, (shape, jax.tree_util.keystr(path), error)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_long(list(FAMILIES), list(FAMILIES)[::3]))
 def test_family_agrees_with_one_device(name):
     agree(TEXTS[name], FEW)
 

@@ -79,6 +79,7 @@ def test_flops_of_either_way(text):
     assert bound.params == 2 * 128 * 7 * depth * (2 if bound.is_complex else 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("increasing", [True, False])
 def test_gradient_of_merged_stages_at_full_size(increasing):
     """At the size where a seven-dimensional multiply-and-reduce crashes XLA on CPU."""
@@ -116,6 +117,7 @@ def test_paper_init_follows_a_gain():
 # -- projection ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "increasing", "field"), [(8, True, "complex"), (64, False, "real"), (32, True, "real")])
 def test_members_are_recovered_exactly(n, increasing, field):
     """Without a start to lean on, to the precision of the dtype."""
@@ -141,6 +143,7 @@ def test_sparse_members_are_recovered():
         np.testing.assert_allclose(project(member), member, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", [8, 64])
 def test_transforms_are_found(n):
     """The Fourier matrix with its rows in bit-reversed order is one complex pass, the Hadamard matrix one real pass."""
@@ -176,6 +179,7 @@ def halving(w):
     return np.einsum("hlk,khg->hlgk", left, right).reshape(n, n)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("increasing", [True, False])
 @pytest.mark.parametrize("kind", ["normal", "ar", "hilbert", "noisy member"])
 def test_error_against_bounds_and_the_published_algorithm(kind, increasing):
@@ -213,6 +217,7 @@ def test_no_stage_can_be_improved_alone(text):
     assert refined < 1e-3 and refined < 0.1 * largest(peeled)
 
 
+@pytest.mark.long
 def test_more_passes_come_nearer():
     i = np.arange(16)
     w = jnp.asarray(1 / (1 + i[:, None] + i), jnp.float32)
@@ -333,6 +338,7 @@ def test_transforms_invert_and_transpose():
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("c", "r"), [(5, 3), (3, 7), (1, 4), (6, 1), (1, 1)])
 def test_toeplitz_of_any_shape(c, r):
     rng = np.random.default_rng(0)
@@ -341,6 +347,7 @@ def test_toeplitz_of_any_shape(c, r):
     np.testing.assert_allclose(transforms.toeplitz(c).materialize(), scipy.linalg.toeplitz(c), atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["dct", "toeplitz"])
 def test_transforms_train_from_there(name):
     """Every trainable leaf of the product gets a gradient, and a step along it approaches another target."""

@@ -80,7 +80,7 @@ def test_leaves_declare_what_init_draws(case, dtype):
 # -- products ------------------------------------------------------------------------------------------------------------
 
 
-@every
+@costly
 def test_products_equal_the_dense_ones(case):
     """matmul with 0 to 2 leading axes, take, the transposed product and the transposed Bound; one compile for all."""
     bound, flipped, params = bind(case), bind(case).transpose(), draw(case)

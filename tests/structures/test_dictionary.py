@@ -119,6 +119,7 @@ def test_orthonormal_alternations_equal_those_of_numpy_and_never_rise(monkeypatc
             before, d = reference, u @ vt
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "m", "k", "s"), [(20, 40, 10, 3), (10, 50, 16, 3), (16, 30, 8, 8)])
 def test_ksvd_rounds_never_rise_and_keep_the_form(n, m, k, s):
     with jax.enable_x64(True):
@@ -138,6 +139,7 @@ def test_ksvd_rounds_never_rise_and_keep_the_form(n, m, k, s):
     assert before == pytest.approx(first) or s < k
 
 
+@pytest.mark.long
 def test_an_atom_no_column_uses_becomes_the_worst_fitted_column():
     t = jnp.asarray(normal(4, 12, 20), jnp.float32)
     fit = sc.spectral_start(t, 6, 1)
@@ -147,6 +149,7 @@ def test_an_atom_no_column_uses_becomes_the_worst_fitted_column():
     np.testing.assert_allclose(new.dictionary[:, 5], unit(np.asarray(t))[:, left.argmax()], atol=1e-5)
 
 
+@pytest.mark.long
 def test_search_leaves_the_minimum_its_start_falls_into():
     """Below K-SVD from the same start, no worse than any fit given, the same for the same key; nothing to do at zero."""
     i, j = np.arange(32)[:, None], np.arange(48)
@@ -174,6 +177,7 @@ def test_a_full_code_is_the_truncated_svd():
     )
 
 
+@pytest.mark.long
 def test_a_planted_dictionary_is_recovered_from_a_perturbed_start():
     n, k = 32, 40
     with jax.enable_x64(True):
@@ -210,6 +214,7 @@ def test_error_is_no_worse_than_that_of_scikit_learn(n, m, k, s):
     assert error(f"dictionary(atoms={k}, nonzeros={s})", w.astype(np.float32)) <= theirs
 
 
+@pytest.mark.long
 def test_error_falls_with_size():
     w = normal(11, 16, 24).astype(np.float32)
     errors = [error(f"dictionary(atoms={k}, nonzeros={s})", w) for k, s in ((2, 2), (9, 3), (24, 1))]
@@ -247,6 +252,7 @@ def weighted(left, in_gram, out_gram):
     return np.sqrt(np.trace(left.T @ a @ left @ np.diag(out_gram)))
 
 
+@pytest.mark.long
 def test_grams_are_an_exact_change_of_variables():
     """The weighted error is that of the projection of A^(1/2) w B^(1/2), and below that of the plain projection."""
     with jax.enable_x64(True):
@@ -272,6 +278,7 @@ def test_a_full_code_under_an_ill_conditioned_gram_is_the_whitened_svd(dtype):
     assert weighted(w - found, root @ root.T, np.ones(20)) == pytest.approx(np.linalg.norm(tail), rel=1e-5)
 
 
+@pytest.mark.long
 def test_what_the_grams_do_not_see_follows_the_matrix():
     w = normal(20, 12, 20).astype(np.float32)
     solve, matrix = projector("dictionary(atoms=9, nonzeros=4)", 12, 20)
@@ -281,6 +288,7 @@ def test_what_the_grams_do_not_see_follows_the_matrix():
     assert np.linalg.norm((w - found)[6:]) < np.linalg.norm(w[6:])
 
 
+@pytest.mark.long
 def test_never_worse_than_like_under_grams():
     """A start that only the weights make good."""
     bound = bind("dictionary(atoms=6, nonzeros=3)", 12, 20)

@@ -135,6 +135,7 @@ def test_ranks_multiply():
     assert bound.params == 7 * (24 + 30)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("text", "sizes", "spectral"),
     [

@@ -141,6 +141,7 @@ def test_cheapest_order_is_the_best_permutation():
 # -- initialisation and ranks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @every
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64], ids=["real", "complex"])
 def test_init_reaches_the_stated_std(kind, dtype):
@@ -241,6 +242,7 @@ def tensorlys_best(form, tensor):
     return min(float(np.linalg.norm(tensor - f) / np.linalg.norm(tensor)) for f in found)
 
 
+@pytest.mark.long
 @iterative
 @pytest.mark.parametrize(("shape", "rank"), [((5, 6, 4), 2), ((4, 3, 4, 5), 3)], ids=str)
 @pytest.mark.filterwarnings("ignore")
@@ -253,6 +255,7 @@ def test_no_worse_than_tensorly(kind, shape, rank):
         assert ours <= tensorlys_best(form, tensor) * (1 + 1e-5), name
 
 
+@pytest.mark.long
 @iterative
 def test_single_precision_finds_the_same(kind):
     for name, tensor in tensors((5, 6, 4)).items():
@@ -276,6 +279,7 @@ def test_members_are_recovered(kind, dtype):
         assert relative(form, cores, member) < 1e-7
 
 
+@pytest.mark.long
 @every
 def test_everything_is_recovered_at_full_rank(kind):
     """And a tensor of zeros is zeros, not NaN."""
@@ -320,6 +324,7 @@ def test_never_worse_than_like(kind):
         assert relative(form, found, tensor) <= relative(form, like, tensor) * (1 + 1e-6)
 
 
+@pytest.mark.long
 @iterative
 def test_like_is_a_start(kind, monkeypatch):
     """Cut short, one run leads less far than a second run from its result."""
@@ -367,6 +372,7 @@ def test_ring_cores_share_one_norm():
     np.testing.assert_allclose(sizes, sizes[0], rtol=1e-4)
 
 
+@pytest.mark.long
 @iterative
 def test_a_stack_is_projected_as_one_by_one(kind):
     stack = np.random.default_rng(6).normal(size=(2, 5, 6, 4)).astype(np.float32)

@@ -217,6 +217,7 @@ def decaying(n, m, power=-1.0):
     return ((u * np.arange(1, k + 1) ** power) @ v.T).astype(np.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("shape", "dtype"), [((256, 320), np.float32), ((320, 256), np.complex64)])
 def test_randomized_is_near_the_optimum(shape, dtype):
     w = decaying(*shape).astype(dtype)

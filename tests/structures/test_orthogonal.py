@@ -44,6 +44,7 @@ def test_compact_form_is_the_sequential_product(d, k):
     np.testing.assert_allclose(p.T @ p, np.eye(k), atol=5e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("d", "k"), SIZES)
 def test_vectors_of_any_orthonormal_columns(d, k):
     """QR by Householder reflections gives back the columns: also for the identity, whose reflections LAPACK leaves out."""
@@ -89,6 +90,7 @@ def singular_values(bound, params):
     return np.linalg.svd(np.asarray(bound.materialize(params), np.float64), compute_uv=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "m", "k"), [(10, 6, 3), (6, 10, 6), (9, 9, 9)])
 def test_singular_values_stay_ones_under_training(n, m, k):
     """Exactly k ones and zeros otherwise, at init and after steps of SGD that change the matrix much."""
@@ -107,6 +109,7 @@ def test_singular_values_stay_ones_under_training(n, m, k):
     assert np.abs(bound.materialize(params) - bound.materialize(start)).max() > 0.1
 
 
+@pytest.mark.long
 def test_no_vector_grows():
     """|x W| <= |x| everywhere, with equality on the column space of u's frame."""
     bound = structmat.parse("householder(reflections=4)").bind(12, 7)

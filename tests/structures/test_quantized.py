@@ -167,6 +167,7 @@ def test_zero_and_constant_groups(bits, grid, symmetric):
     assert all(np.all(np.isfinite(p)) for p in params.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", ["quantized(3, group=8)", "quantized(8, group=8)", "quantized(2, 8, symmetric=False)"])
 def test_grams_weigh_entries_within_a_group(text):
     w, rng = normal(6, 24, 10), np.random.default_rng(7)
@@ -202,6 +203,7 @@ def test_lines_in_chunks_give_what_the_whole_gives(monkeypatch):
 # -- products --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("bits", [2, 3])
 def test_rows_where_lines_end_in_padding(axis, bits):
@@ -255,6 +257,7 @@ def test_nothing_trains_unless_asked():
 # -- LQ-LoRA ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("bits", "grid", "first"), [(2, "int", "quantized"), (4, "normal", "low_rank")])
 def test_quantised_plus_low_rank_is_nearer_than_one_pass(bits, grid, first):
     """LQ-LoRA's loop: below plain quantisation and below its greedy start; no worse than `like`."""

@@ -107,6 +107,7 @@ def test_the_support_of_a_random_term_is_kept():
     assert errors[1] <= errors[0] * (1 + 1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("text", "level"),
     [

@@ -87,6 +87,7 @@ def test_entries_by_their_definition():
         np.testing.assert_allclose(bound.materialize(drawn(bound))[i, j], value, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", ["tucker(rank=4)", "cp(rank=6)", "tensor_ring(rank=2)"])
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_flops_at_few_and_many_rows(text, rows):
@@ -151,6 +152,7 @@ def test_cp_candidates_are_few_for_large_weights():
     assert np.all(steps >= 1) and np.all(steps <= np.maximum(1, np.array(ranks[:-1]) / 1024))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", FAMILIES)
 def test_complex_matrices(text):
     """A complex matrix gives complex parameters; a member is recovered; no conjugate sneaks into the products."""

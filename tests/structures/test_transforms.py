@@ -16,6 +16,7 @@ import structmat
 from structmat import StructureError
 from structmat.structures.fft import convolve, fast_length
 from structmat.structures.transform import cosine, multiply_mod
+from tests.marks import mostly_long
 
 FIXED = [
     "fourier()",
@@ -32,7 +33,8 @@ def bind(text, n, m=None):
 def sized(*sizes):
     """Every fixed transform at every size it has."""
     lacks = lambda text, n: (text == "hadamard()" and n & (n - 1)) or (text == "dct(kind=1, sine=False)" and n < 2)
-    return pytest.mark.parametrize(("text", "n"), [(t, n) for t in FIXED for n in sizes if not lacks(t, n)])
+    every = [(t, n) for t in FIXED for n in sizes if not lacks(t, n)]
+    return pytest.mark.parametrize(("text", "n"), mostly_long(every, every[:: 2 if len(every) > 30 else 1]))
 
 
 def reference(text, x):
