@@ -21,8 +21,9 @@ class Chip:
       flops: peak bf16 FLOP/s; 0 where unknown.
       bandwidth: HBM bytes/s; 0 where unknown.
       lanes: width of a matrix unit, 0 where there is none.
-      vmem: bytes of on-chip memory a kernel may ask for.
+      vmem: bytes of on-chip memory a kernel may ask for, on a GPU the shared memory of a block.
       cores: tensor cores one device splits its parallel grid axes over.
+      sms: streaming multiprocessors of a GPU.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Chip:
     lanes: int = 0
     vmem: int = 0
     cores: int = 1
+    sms: int = 0
 
     @property
     def ridge(self) -> float:
@@ -53,8 +55,8 @@ CHIPS: dict[str, Chip] = {
     "v5p": Chip("v5p", "tpu", 459e12, 2460e9, 128, 64 * MIB, cores=2),
     "v6e": Chip("v6e", "tpu", 920e12, 1640e9, 256, 128 * MIB),
     "v7x": Chip("v7x", "tpu", 1155e12, 3700e9, 256, 64 * MIB),
-    "h100": Chip("h100", "gpu", 989e12, 3350e9, 0, 227 * 1024),
-    "h200": Chip("h200", "gpu", 989e12, 4800e9, 0, 227 * 1024),
+    "h100": Chip("h100", "gpu", 989e12, 3350e9, 0, 227 * 1024, sms=132),
+    "h200": Chip("h200", "gpu", 989e12, 4800e9, 0, 227 * 1024, sms=132),
     "cpu": Chip("cpu", "cpu"),
 }
 """Peak figures per device: of TPUs as `jax.experimental.pallas.tpu.get_tpu_info_for_chip` gives them per core; of GPUs
