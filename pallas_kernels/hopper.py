@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,21 +84,27 @@ def walk_product(
 def _program(walk: Walk, tile: Tile, programs: int, gmem: Any, *, a_smem, b_smem, out_smem, full, free) -> None:
     a_gmem, b_gmem, indices, out_gmem = gmem
     down, across = walk.grid
+    high = max(d for d in range(1, 9) if down % d == 0)
     me, group = lax.axis_index("sm"), lax.axis_index("warpgroup")
 
     def tiles(body: Callable[..., Any]) -> None:
-        """`body(i, j, step) -> step` over this program's tiles; `step` counts the slots of the ring used so far."""
+        """`body(i, j, step) -> step` over this program's tiles; `step` counts the slots of the ring used so far.
+
+        Down a strip `high` tiles high first, then across it: programs at work together share operands in L2.
+        """
 
         def one(n: Any, step: Any) -> Any:
-            i, j = plgpu.planar_snake(me + n * programs, (down, across), 0, min(8, down))
-            return body(i, j, step)
+            at = me + n * programs
+            inside = lax.rem(at, jnp.int32(high * across))
+            i = lax.div(at, jnp.int32(high * across)) * high + lax.rem(inside, jnp.int32(high))
+            return body(i, lax.div(inside, jnp.int32(high)), step)
 
         mine = lax.div(jnp.int32(down * across - 1) - me, jnp.int32(programs)) + 1
         lax.fori_loop(jnp.int32(0), mine, one, jnp.int32(0))
 
     @pl.when(group == tile.groups)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        registers(tile.groups, False)
 
         def load(i: Any, j: Any, step: Any) -> Any:
             def fill(at: Any, step: Any) -> Any:
@@ -115,7 +122,7 @@ def _program(walk: Walk, tile: Tile, programs: int, gmem: Any, *, a_smem, b_smem
 
     @pl.when(group < tile.groups)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        registers(tile.groups, True)
 
         def multiply(i: Any, j: Any, step: Any) -> Any:
             first, end = walk.span(indices, i, j)
@@ -188,6 +195,12 @@ def smem(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def registers(groups: int, multiplying: bool) -> None:
+    """Move registers of the loading warpgroup to two multiplying ones; one has all it can use from the start."""
+    if groups == 2:
+        plgpu.set_max_registers(232 if multiplying else 40, action="increase" if multiplying else "decrease")
+
+
 def claim(free: Any, step: Any, slots: int) -> Any:
     """The slot of a step, once its last use is over."""
     slot = lax.rem(step, jnp.int32(slots))
@@ -201,8 +214,9 @@ def release(free: Any, step: Any, slots: int) -> None:
 
 
 def part(ref: Any, place: Place, shape: tuple[int, int]) -> Any:
-    """The rectangle of a matrix in global memory."""
-    return ref.at[pl.ds(place[0], shape[0]), pl.ds(place[1], shape[1])]
+    """The rectangle of a matrix in global memory; it begins at multiples of its sizes or of 64, which lowering must know."""
+    row, column = (pl.multiple_of(at, math.gcd(size, DEPTH)) for at, size in zip(place, shape))
+    return ref.at[pl.ds(row, shape[0]), pl.ds(column, shape[1])]
 
 
 def flipped(ref: Any, flip: bool) -> Any:

@@ -64,7 +64,7 @@ def backward_x(
     dy: jax.Array, values: jax.Array, rows: jax.Array, k: int, tile: Tile, chip: Chip, interpret: Any
 ) -> jax.Array:
     """dy (M, C s) -> dy W^T (M, k): the blocks are sorted by block row first, and a tile sums those of its row."""
-    (columns, count, p, s), m = values.shape, dy.shape[0]
+    (_, count, p, s), m = values.shape, dy.shape[0]
     dy = whole_tiles(dy, tile.height)
     deep, across = s // DEPTH, p // tile.columns
     order = jnp.argsort(rows.reshape(-1), stable=True).astype(jnp.int32)
