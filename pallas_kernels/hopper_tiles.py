@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.chips import Chip
 
 DEPTH = 64
 """Contraction of one step: 128 bytes of bfloat16, the widest swizzle."""
@@ -12,6 +17,17 @@ PIECE = 64
 """Rows stored at once, those of one wgmma."""
 BARRIERS = 1024
 """Bytes of shared memory left for barriers and alignment."""
+UNMEASURED = "not yet measured on this chip; ask for implementation='pallas' to run it"
+"""Why `None` takes XLA where the kernel could run."""
+
+
+def refused(m: int, dtype: Any, chip: Chip) -> str:
+    """What no Hopper kernel takes, or ""."""
+    if not chip.sms:
+        return f"{chip.name} runs the XLA path; the kernels are for h100 and h200"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"dtype {jnp.dtype(dtype)} is not bfloat16"
+    return "" if m else "x has no rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +79,9 @@ def candidates(chunk: int, memory: int) -> Iterable[Tile]:
             yield dataclasses.replace(tile, slots=slots)
 
 
-def best(tiles: Iterable[tuple[Tile, int]], sms: int) -> Tile | None:
-    """Of tiles, each with how many make the output, the one done first on `sms` multiprocessors; None if there is none."""
-    ranked = [(math.ceil(count / sms) * tile.cycles, n, tile) for n, (tile, count) in enumerate(tiles)]
-    return min(ranked)[2] if ranked else None
+def best(tiles: Iterable[tuple[Tile, int]], sms: int) -> Tile:
+    """Of tiles, each with how many make the output, the one done first on `sms` multiprocessors."""
+    return min(tiles, key=lambda pair: math.ceil(pair[1] / sms) * pair[0].cycles)[0]
 
 
 def whole(m: int, tile: Tile) -> int:

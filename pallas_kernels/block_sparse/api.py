@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from pallas_kernels.block_sparse.configs import tiles
 from pallas_kernels.block_sparse.xla import block_product
 from pallas_kernels.chips import Chip, current_chip
 from pallas_kernels.dispatch import Choice, Implementation, KernelError, resolve
+from pallas_kernels.hopper_tiles import UNMEASURED
 from pallas_kernels.tiling import LANES, token_tiles, whole_sublanes, whole_tiles
 
 OP = "block_sparse"
@@ -41,12 +43,14 @@ def block_sparse(
     if chosen == "xla":
         y = block_product(flat, values, rows)
     else:
-        y = product(flat.astype(dtype), values.astype(dtype), rows, chip)
+        y = _kernels(chip)(flat.astype(dtype), values.astype(dtype), rows, chip)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def choose(m: int, k: int, grid: tuple[int, int, int, int], dtype: Any, chip: Chip) -> Choice:
     """The rule: on TPU the kernel wherever it applies, that is for blocks in whole lanes whose panels fit VMEM.
+
+    On Hopper, where the kernels take blocks of multiples of 64 in bfloat16, XLA until they have been measured there.
 
     XLA has no block-sparse product; what it makes of gathers and batched GEMMs copies the activations R p / K times.
     Below 256-wide blocks v6e and v7x, whose matrix units are 256 wide, fill half of them: the kernel is still chosen,
@@ -62,6 +66,8 @@ def choose(m: int, k: int, grid: tuple[int, int, int, int], dtype: Any, chip: Ch
     refused = _unsupported(m, k, grid, dtype, chip)
     if refused:
         return Choice("xla", f"no kernel: {refused}; {density}", refused, **facts)
+    if chip.platform == "gpu":
+        return Choice("xla", f"{UNMEASURED}; {density}", **facts)
     narrow = f", half of {chip.lanes}-wide matrix units" if min(p, s) < chip.lanes else ""
     return Choice("pallas", f"{density}{narrow}", **facts)
 
@@ -69,6 +75,10 @@ def choose(m: int, k: int, grid: tuple[int, int, int, int], dtype: Any, chip: Ch
 def _unsupported(m: int, k: int, grid: tuple[int, int, int, int], dtype: Any, chip: Chip) -> str:
     _, _, p, s = grid
     dtype = jnp.dtype(dtype)
+    if chip.platform == "gpu":
+        from pallas_kernels.block_sparse import gpu  # half a second, and Mosaic GPU is not in every jaxlib
+
+        return gpu.unsupported(m, grid, dtype, chip)
     if chip.platform != "tpu" or not chip.vmem:
         return f"{chip.name} runs the XLA path"
     if dtype not in (jnp.bfloat16, jnp.float32):
@@ -81,6 +91,14 @@ def _unsupported(m: int, k: int, grid: tuple[int, int, int, int], dtype: Any, ch
         if tiles(kind, chip, m, k, grid, dtype.itemsize) is None:
             return f"{kind}: a panel of {token_tiles(m, dtype.itemsize)[-1]} rows of {k} does not fit {chip.vmem} bytes"
     return ""
+
+
+def _kernels(chip: Chip) -> Callable[..., jax.Array]:
+    if chip.platform == "gpu":
+        from pallas_kernels.block_sparse import gpu
+
+        return gpu.product
+    return product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -15,14 +15,14 @@ from jax import lax
 
 from pallas_kernels.chips import Chip
 from pallas_kernels.hopper import Walk, walk_product
-from pallas_kernels.hopper_tiles import DEPTH, Tile, best, candidates, whole
+from pallas_kernels.hopper_tiles import DEPTH, Tile, best, candidates, refused, whole
 from pallas_kernels.tiling import whole_tiles
 
 Grid = tuple[int, int, int, int]
 
 
-def tile_of(kind: str, chip: Chip, m: int, k: int, grid: Grid) -> Tile | None:
-    """The tile of one kernel (`forward`, `backward_x`, `backward_values`), or None where none divides the blocks.
+def tile_of(kind: str, chip: Chip, m: int, k: int, grid: Grid) -> Tile:
+    """The tile of one kernel (`forward`, `backward_x`, `backward_values`); one divides all blocks of multiples of 64.
 
     grid is (C, R, p, s). For the gradient of the blocks all warpgroups of a CTA work on one block column.
     """
@@ -117,6 +117,14 @@ def backward_values(
     )
     out = columns * count * p, s
     return walk_product(walk, tile, x, dy, [rows.reshape(-1)], out, chip.sms, interpret).reshape(grid)
+
+
+def unsupported(m: int, grid: Grid, dtype: Any, chip: Chip) -> str:
+    """Why the kernels cannot run, or ""."""
+    _, _, p, s = grid
+    if said := refused(m, dtype, chip):
+        return said
+    return f"blocks {p} x {s} are not multiples of {DEPTH}" if p % DEPTH or s % DEPTH else ""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.chips import Chip, current_chip
 from pallas_kernels.dispatch import Choice, Implementation, KernelError, resolve
+from pallas_kernels.hopper_tiles import UNMEASURED
 from pallas_kernels.monarch import tpu
 from pallas_kernels.monarch.configs import tiles
 from pallas_kernels.monarch.xla import two_stage
@@ -47,12 +49,14 @@ def monarch(
         y = two_stage(flat, right, left)
     else:
         flat_right, flat_left = right.reshape(k, p, l * r), left.reshape(l, k * r, s)
-        y = product(flat.astype(dtype), flat_right.astype(dtype), flat_left.astype(dtype), chip)
+        y = _kernels(chip)(flat.astype(dtype), flat_right.astype(dtype), flat_left.astype(dtype), chip)
     return y.reshape(*x.shape[:-1], l * s)
 
 
 def choose(m: int, sizes: tuple[int, int, int, int, int], dtype: Any, chip: Chip) -> Choice:
     """The rule: on TPU the kernel for slice ranks of at least 64, where it saves XLA's transposes between the stages.
+
+    On Hopper, where the kernels take slice ranks of multiples of 16 in bfloat16, XLA until they have been measured there.
 
     Args:
       m: rows of x. sizes: (k, p, l, s, r).
@@ -64,12 +68,18 @@ def choose(m: int, sizes: tuple[int, int, int, int, int], dtype: Any, chip: Chip
     refused = _unsupported(m, sizes, dtype, chip)
     if refused:
         return Choice("xla", f"no kernel: {refused}; {said}", refused, **facts)
+    if chip.platform == "gpu":
+        return Choice("xla", f"{UNMEASURED}; {said}", **facts)
     return Choice("pallas", said, **facts)
 
 
 def _unsupported(m: int, sizes: tuple[int, int, int, int, int], dtype: Any, chip: Chip) -> str:
     k, p, l, s, r = sizes
     dtype = jnp.dtype(dtype)
+    if chip.platform == "gpu":
+        from pallas_kernels.monarch import gpu  # half a second, and Mosaic GPU is not in every jaxlib
+
+        return gpu.unsupported(m, sizes, dtype, chip)
     if chip.platform != "tpu" or not chip.vmem:
         return f"{chip.name} runs the XLA path"
     if dtype not in (jnp.bfloat16, jnp.float32):
@@ -87,6 +97,14 @@ def _unsupported(m: int, sizes: tuple[int, int, int, int, int], dtype: Any, chip
         if tiles(kind, chip, m, sizes, dtype.itemsize) is None:
             return f"{kind}: the weights of one output block do not fit {chip.vmem} bytes"
     return ""
+
+
+def _kernels(chip: Chip) -> Callable[..., jax.Array]:
+    if chip.platform == "gpu":
+        from pallas_kernels.monarch import gpu
+
+        return gpu.product
+    return product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -19,12 +19,12 @@ from jax import lax
 
 from pallas_kernels.chips import Chip
 from pallas_kernels.hopper import Walk, walk_product
-from pallas_kernels.hopper_tiles import DEPTH, Tile, best, candidates, whole
+from pallas_kernels.hopper_tiles import DEPTH, Tile, best, candidates, refused, whole
 from pallas_kernels.tiling import whole_tiles
 
 
-def stage_tile(chip: Chip, m: int, blocks: int, out: int, run: int) -> Tile | None:
-    """The tile of `stage`, or None where none divides `out`."""
+def stage_tile(chip: Chip, m: int, blocks: int, out: int, run: int) -> Tile:
+    """The tile of `stage`; one divides every `out` of a multiple of 64."""
     fits = [t for t in candidates(math.gcd(run, DEPTH), chip.vmem) if out % t.columns == 0]
     return best([(t, whole(m, t) // t.height * blocks * (out // t.columns)) for t in fits], chip.sms)
 
@@ -64,8 +64,8 @@ def stage(x: jax.Array, weights: jax.Array, flip: bool, run: int, chip: Chip, in
     return walk_product(walk, tile, x, flat, [], shape, chip.sms, interpret)[:m]
 
 
-def weights_tile(chip: Chip, blocks: int, depth: int, out: int) -> Tile | None:
-    """The tile of `stage_weights`, or None where none divides `depth` and `out`."""
+def weights_tile(chip: Chip, blocks: int, depth: int, out: int) -> Tile:
+    """The tile of `stage_weights`; one divides all multiples of 64."""
     fits = [t for t in candidates(DEPTH, chip.vmem) if not (depth % t.height or out % t.columns)]
     return best([(t, blocks * (depth // t.height) * (out // t.columns)) for t in fits], chip.sms)
 
@@ -88,15 +88,17 @@ def stage_weights(x: jax.Array, dy: jax.Array, blocks: int, chip: Chip, interpre
     return y.reshape(blocks, depth, out)
 
 
-def unsupported(sizes: tuple[int, int, int, int, int]) -> str:
-    """Why the kernels cannot take these sizes (k, p, l, s, r), or ""."""
+def unsupported(m: int, sizes: tuple[int, int, int, int, int], dtype: Any, chip: Chip) -> str:
+    """Why the kernels cannot run at sizes (k, p, l, s, r), or ""."""
     k, p, l, s, r = sizes
+    if said := refused(m, dtype, chip):
+        return said
     if r % 16:
         return f"slice rank {r} is not a multiple of 16"
-    for name, width in (("p", p), ("s", s), ("k r", k * r), ("l r", l * r)):
-        if width % DEPTH:
-            return f"{name} = {width} is not a multiple of {DEPTH}"
-    return ""
+    widths = {"p": p, "s": s, "k r": k * r, "l r": l * r}
+    return next(
+        (f"{name} = {width} is not a multiple of {DEPTH}" for name, width in widths.items() if width % DEPTH), ""
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

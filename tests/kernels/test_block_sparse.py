@@ -117,7 +117,6 @@ GRID = (32, 8, 128, 128)
         ("v5e", (64, 16, 64, 64), jnp.bfloat16, "64 x 64 are not multiples of 128", "xla"),
         ("v5e", GRID, jnp.float16, "float16 is neither", "xla"),
         ("cpu", GRID, jnp.bfloat16, "cpu runs the XLA path", "xla"),
-        ("h100", GRID, jnp.bfloat16, "h100 runs the XLA path", "xla"),
     ],
 )
 def test_the_rule_says_what_and_why(chip, grid, dtype, said, implementation):
