@@ -23,9 +23,6 @@ from pallas_kernels.hopper import claim, launch, part, registers, release, smem,
 from pallas_kernels.hopper_tiles import BARRIERS, DEPTH, PIECE
 from pallas_kernels.tiling import whole_tiles
 
-MOST = 256
-"""Largest rank: the widest wgmma, whose sums take half the registers of a thread."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
