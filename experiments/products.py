@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels.block_sparse
+import pallas_kernels.low_rank
 import pallas_kernels.monarch
 from pallas_kernels import Chip
 from pallas_kernels.block_sparse import block_sparse
 from pallas_kernels.block_sparse.reference import dense_matrix as dense_block_sparse
 from pallas_kernels.dispatch import Choice
+from pallas_kernels.low_rank import low_rank
+from pallas_kernels.low_rank.reference import dense_matrix as dense_low_rank
 from pallas_kernels.monarch import monarch
 from pallas_kernels.monarch.reference import dense_matrix as dense_monarch
 
@@ -81,6 +84,13 @@ OPS: dict[str, Op] = {
         dense=lambda n, right, left: dense_monarch(right, left),
         weight=lambda n, o: 2 * n * n // int(o["blocks"]),
         choose=lambda m, n, o, chip: pallas_kernels.monarch.choose(m, _sizes(n, o), jnp.bfloat16, chip),
+    ),
+    "low_rank": Op(
+        shapes=lambda n, o: [(int(o["rank"]), n), (int(o["rank"]), n)],
+        apply=low_rank,
+        dense=lambda n, a, b: dense_low_rank(a, b),
+        weight=lambda n, o: 2 * n * int(o["rank"]),
+        choose=lambda m, n, o, chip: pallas_kernels.low_rank.choose(m, (n, int(o["rank"]), n), jnp.bfloat16, chip),
     ),
 }
 """Every operation with a kernel."""
