@@ -125,12 +125,14 @@ def _forward(x: jax.Array, right: jax.Array, left: jax.Array, chip: Chip, interp
 
 def _backward(chip: Chip, interpret: Any, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, right, left = kept
-    dx = _stages("backward_x", dy, right, left, chip, interpret)
-    padded, _ = whole_sublanes(x)
-    tile = tiles("backward_weights", chip, padded.shape[0], _sizes(right, left), x.dtype.itemsize)
-    x, dy = (whole_tiles(a, tile.tokens) for a in (x, dy))
-    dright, dleft = tpu.backward_weights(x, dy, right, left, tile, interpret)
-    return dx, dright.astype(right.dtype), dleft.astype(left.dtype)
+    m, sizes, size = x.shape[0], _sizes(right, left), x.dtype.itemsize
+    together = tiles("backward", chip, m, sizes, size)
+    tile = together or tiles("backward_weights", chip, m, sizes, size)
+    padded = (whole_tiles(a, tile.tokens * tile.cores) for a in (x, dy))
+    dx, dright, dleft = tpu.backward(*padded, right, left, tile, together is not None, interpret)
+    if dx is None:
+        dx = _stages("backward_x", dy, right, left, chip, interpret)
+    return dx[:m], dright, dleft
 
 
 product.defvjp(_forward, _backward)

@@ -1,12 +1,15 @@
 """The two-stage product of a block-low-rank matrix on TPU, with nothing between the stages leaving VMEM.
 
 W (k p, l s) is right (k, p, l r) and left (l, k r, s): y_j = sum_i (x_i right_i[:, j]) left_j[i]. Output block j reads the
-columns j of every right block and left block j alone, so blocks of columns are independent. Per output block the rank
-groups of all input blocks are gathered in VMEM into one narrow matrix Z (tokens, k r), which makes the second stage one
-GEMM with k r deep contractions; groups of 128 lanes and more land there by plain stores, narrower ones are joined first.
+columns j of every right block and left block j alone, so blocks of columns are independent. The first stage is one GEMM
+per input block; its rank groups are stored in VMEM by output block, as Z_j (tokens, k r), which makes the second stage one
+GEMM per output block. Groups of 128 lanes and more land there by plain stores, narrower ones are joined in whole lanes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ from pallas_kernels.monarch.configs import Tiles
 from pallas_kernels.tiling import LANES
 
 CHUNK = 256
-"""Columns of y computed by one dot: keeps bodies short enough to compile in seconds."""
+"""Columns of one GEMM, whose sums then stay in registers."""
 
 
 def forward(
@@ -28,71 +31,88 @@ def forward(
 
     `transposed`: dy (M, l s) -> dy W^T (M, k p) by the same two stages in the opposite order, the operands as they are.
 
-    Grid (groups of output blocks, token tiles): the weights of a group stay while tokens pass.
+    Grid (cores, groups of output blocks, token tiles): the weights of a group are brought block by block while the first
+    token tile is worked on, and stay while the others pass.
     """
-    (k, p, lr), (l, kr, s) = right.shape, left.shape
-    r, m, bm, group = lr // l, x.shape[0], tiles.tokens, tiles.blocks
+    (k, p, lr), (l, _, s) = right.shape, left.shape
+    r, m, bm, group, cores = lr // l, x.shape[0], tiles.tokens, tiles.blocks, tiles.cores
     ins, width, outs, out_width = (l, s, k, p) if transposed else (k, p, l, s)
     join = max(1, LANES // r)
+    deep, wide = _chunk(group * r, join * r), _chunk(out_width, LANES)
+    weights = (left, right) if transposed else (right, left)
+    steps = pl.cdiv(m, bm) // cores
 
-    def first(x_ref, a_ref, i, j):
-        """x_i times the rank columns of output blocks j, j + 1, ... that fill whole lanes: (tokens, join r)."""
-        x_i = x_ref[:, pl.ds(pl.multiple_of(i * width, LANES), width)]
-        at = pl.ds(pl.multiple_of(j * r, join * r), join * r)
-        weight = a_ref[i, at, :] if transposed else a_ref[i, :, at]
-        return _dot(x_i, weight, transposed).astype(x.dtype)
+    def kernel(x_ref, a_hbm, b_hbm, y_ref, a_ref, b_ref, z_ref, arrived):
+        at_group = pl.program_id(1)
 
-    def kernel(x_ref, a_ref, b_ref, y_ref, z_ref):
-        def blocks(jj, _):
-            def gather(ii, _):
-                parts = [first(x_ref, a_ref, ii * join + q, jj * join) for q in range(join)]
-                at = pl.ds(pl.multiple_of(ii * join * r, join * r), join * r)
+        def bring_first(i: jax.Array | int) -> Any:
+            ranks = pl.ds(at_group * group * r, group * r)
+            source = a_hbm.at[i] if group == outs else a_hbm.at[i, ranks, :] if transposed else a_hbm.at[i, :, ranks]
+            return pltpu.make_async_copy(source, a_ref.at[i], arrived.at[i])
+
+        def bring_second(j: jax.Array | int) -> Any:
+            return pltpu.make_async_copy(b_hbm.at[at_group * group + j], b_ref.at[j], arrived.at[ins + j])
+
+        def first(ii: jax.Array | int, wait: bool) -> None:
+            if wait:
                 for q in range(join):
-                    pieces = [part[:, q * r : (q + 1) * r] for part in parts]
-                    z_ref[q, :, at] = pieces[0] if join == 1 else jnp.concatenate(pieces, axis=1)
-                return 0
+                    bring_first(ii * join + q).wait()
+            for at in range(0, group * r, deep):
+                cut = lambda i, at=at: a_ref[i, at : at + deep, :] if transposed else a_ref[i, :, at : at + deep]
+                panels = [
+                    _dot(x_ref[:, _lanes(ii * join + q, width)], cut(ii * join + q), transposed).astype(x.dtype)
+                    for q in range(join)
+                ]
+                for j, part in enumerate(_regroup(panels, deep // r, r)):
+                    z_ref[at // r + j, :, _lanes(ii, join * r)] = part
 
-            lax.fori_loop(0, ins // join, gather, 0)
-            for q in range(join):
-                j = jj * join + q
+        def second(j: jax.Array | int, wait: bool) -> None:
+            if wait:
+                bring_second(j).wait()
+            for at in range(0, out_width, wide):
+                weight = b_ref[j, at : at + wide, :] if transposed else b_ref[j, :, at : at + wide]
+                y = _dot(z_ref[j], weight, transposed)
+                y_ref[:, pl.ds(pl.multiple_of(j * out_width + at, LANES), wide)] = y.astype(y_ref.dtype)
 
-                def columns(c, _, q=q, j=j):
-                    at = pl.ds(pl.multiple_of(c * chunk, LANES), chunk)
-                    weight = b_ref[j, at, :] if transposed else b_ref[j, :, at]
-                    y = _dot(z_ref[q], weight, transposed)
-                    y_ref[:, pl.ds(pl.multiple_of(j * out_width + c * chunk, LANES), chunk)] = y.astype(y_ref.dtype)
-                    return 0
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            _loop(ins, ins, lambda i: bring_first(i).start())
+            _loop(group, group, lambda j: bring_second(j).start())
+            _loop(ins // join, 1, lambda i: first(i, True))
+            _loop(group, 1, lambda j: second(j, True))
 
-                lax.fori_loop(0, out_width // chunk, columns, 0)
-            return 0
+        @pl.when(pl.program_id(2) > 0)
+        def _():
+            _loop(ins // join, tiles.first // join, lambda i: first(i, False))
+            _loop(group, tiles.second, lambda j: second(j, False))
 
-        lax.fori_loop(0, group // join, blocks, 0)
-
-    chunk = CHUNK if out_width % CHUNK == 0 else LANES
-    if transposed:
-        weights = left, right
-        specs = [
-            pl.BlockSpec((l, group * r, s), lambda j, i: (0, j, 0)),
-            pl.BlockSpec((group, p, lr), lambda j, i: (j, 0, 0)),
-        ]
-    else:
-        weights = right, left
-        specs = [
-            pl.BlockSpec((k, p, group * r), lambda j, i: (0, 0, j)),
-            pl.BlockSpec((group, kr, s), lambda j, i: (j, 0, 0)),
-        ]
+    held = (
+        [(ins, group * r, width), (group, *right.shape[1:])]
+        if transposed
+        else [(ins, width, group * r), (group, *left.shape[1:])]
+    )
     size = x.dtype.itemsize
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((m, outs * out_width), x.dtype),
-        grid=(outs // group, pl.cdiv(m, bm)),
-        in_specs=[pl.BlockSpec((bm, ins * width), lambda j, i: (i, 0)), *specs],
-        out_specs=pl.BlockSpec((bm, group * out_width), lambda j, i: (i, j)),
-        scratch_shapes=[pltpu.VMEM((join, bm, ins * r), x.dtype)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=tiles.vmem),
+        grid=(cores, outs // group, steps),
+        in_specs=[
+            pl.BlockSpec((bm, ins * width), lambda c, j, i: (c * steps + i, 0)),
+            pl.BlockSpec(memory_space=pl.ANY),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=pl.BlockSpec((bm, group * out_width), lambda c, j, i: (c * steps + i, j)),
+        scratch_shapes=[
+            *(pltpu.VMEM(shape, x.dtype) for shape in held),
+            pltpu.VMEM((group, bm, ins * r), x.dtype),
+            pltpu.SemaphoreType.DMA((ins + group,)),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.vmem
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * m * (right.size + left.size),
-            bytes_accessed=(x.size * (outs // group) + m * outs * out_width + right.size + left.size) * size,
+            bytes_accessed=(x.size * (outs // group) + m * outs * out_width + cores * (right.size + left.size)) * size,
             transcendentals=0,
         ),
         name="monarch_backward_x" if transposed else "monarch_forward",
@@ -100,95 +120,167 @@ def forward(
     )(x, *weights)
 
 
-def backward_weights(
-    x: jax.Array, dy: jax.Array, right: jax.Array, left: jax.Array, tiles: Tiles, interpret: object = False
-) -> tuple[jax.Array, jax.Array]:
-    """x (M, k p), dy (M, l s) -> gradients of right (k, p, l r) and left (l, k r, s) in f32; M is whole token tiles.
+def backward(
+    x: jax.Array,
+    dy: jax.Array,
+    right: jax.Array,
+    left: jax.Array,
+    tiles: Tiles,
+    with_x: bool,
+    interpret: object = False,
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """x (M, k p), dy (M, l s) -> gradients of x (if `with_x`, which needs all blocks at once), right (k, p, l r), left.
 
-    Per output block j: Z again from x, dZ = dy_j left_j^T, then left_j += Z^T dy_j and right[:, j] += x^T dZ; both stay
-    in VMEM while tokens pass.
+    M is whole token tiles for every core. Z again from x, then per output block left_j += Z_j^T dy_j and dZ_j = dy_j
+    left_j^T in its place, then per input block, with its groups of dZ, right_i += x_i^T dZ and dx_i = dZ right_i^T. The
+    sums stay in VMEM in f32 while tokens pass, and leave in the dtype of x over the weights, which are done with; those of
+    several cores leave in f32, to be added up.
     """
     (k, p, lr), (l, kr, s) = right.shape, left.shape
-    r, m, bm, group = lr // l, x.shape[0], tiles.tokens, tiles.blocks
+    r, m, bm, group, cores = lr // l, x.shape[0], tiles.tokens, tiles.blocks, tiles.cores
     join = max(1, LANES // r)
+    deep = _chunk(group * r, join * r)
+    steps = m // bm // cores
+    out_dtype = x.dtype if cores == 1 else jnp.dtype(jnp.float32)
 
-    def kernel(x_ref, dy_ref, right_ref, left_ref, dright_ref, dleft_ref, z_ref):
-        @pl.when(pl.program_id(1) == 0)
+    def kernel(x_ref, dy_ref, right_hbm, left_hbm, *refs):
+        dx_ref, refs = (refs[0], refs[1:]) if with_x else (None, refs)
+        dright_hbm, dleft_hbm, right_ref, left_ref, right_sum, left_sum, z_ref, arrived = refs
+        core, at_group, step = (pl.program_id(a) for a in range(3))
+        ranks = pl.ds(at_group * group * r, group * r)
+        part = lambda ref, *at: ref.at[at] if group == l else ref.at[(*at, slice(None), ranks)]
+        bring_right = lambda i: pltpu.make_async_copy(part(right_hbm, i), right_ref.at[i], arrived.at[i])
+        block = lambda j: at_group * group + j
+        bring_left = lambda j: pltpu.make_async_copy(left_hbm.at[block(j)], left_ref.at[j], arrived.at[k + j])
+
+        def first(ii: jax.Array | int, wait: bool) -> None:
+            if wait:
+                for q in range(join):
+                    bring_right(ii * join + q).wait()
+            for at in range(0, group * r, deep):
+                panels = [
+                    _dot(x_ref[:, _lanes(ii * join + q, p)], right_ref[ii * join + q, :, at : at + deep]).astype(
+                        x.dtype
+                    )
+                    for q in range(join)
+                ]
+                for j, piece in enumerate(_regroup(panels, deep // r, r)):
+                    z_ref[at // r + j, :, _lanes(ii, join * r)] = piece
+
+        def second(j: jax.Array | int, wait: bool) -> None:
+            if wait:
+                bring_left(j).wait()
+            dy_j = dy_ref[:, _lanes(j, s)]
+            left_sum[j] += _dot_tokens(z_ref[j], dy_j)
+            z_ref[j] = _dot(dy_j, left_ref[j], True).astype(x.dtype)
+
+        def third(ii: jax.Array | int) -> None:
+            pieces = [z_ref[j, :, _lanes(ii, join * r)] for j in range(group)]
+            for q, dz in enumerate(_regroup(pieces, join, r)):
+                i = ii * join + q
+                right_sum[i] += _dot_tokens(x_ref[:, _lanes(i, p)], dz)
+                if with_x:
+                    dx_ref[:, _lanes(i, p)] = _dot(dz, right_ref[i], True).astype(x.dtype)
+
+        @pl.when(step == 0)
         def _():
-            dright_ref[...] = jnp.zeros_like(dright_ref)
-            dleft_ref[...] = jnp.zeros_like(dleft_ref)
+            _loop(k, k, lambda i: bring_right(i).start())
+            _loop(group, group, lambda j: bring_left(j).start())
+            right_sum[...] = jnp.zeros_like(right_sum)
+            left_sum[...] = jnp.zeros_like(left_sum)
+            _loop(k // join, 1, lambda i: first(i, True))
+            _loop(group, 1, lambda j: second(j, True))
 
-        def blocks(jj, _):
-            lanes = pl.ds(pl.multiple_of(jj * join * r, join * r), join * r)
+        @pl.when(step > 0)
+        def _():
+            _loop(k // join, tiles.first // join, lambda i: first(i, False))
+            _loop(group, tiles.second, lambda j: second(j, False))
 
-            def gather(ii, _):
-                at = pl.ds(pl.multiple_of(ii * join * r, join * r), join * r)
-                x_of = lambda q: x_ref[:, pl.ds(pl.multiple_of((ii * join + q) * p, LANES), p)]
-                parts = [_dot(x_of(q), right_ref[ii * join + q, :, lanes], False) for q in range(join)]
-                for q in range(join):
-                    pieces = [part[:, q * r : (q + 1) * r].astype(x.dtype) for part in parts]
-                    z_ref[q, :, at] = pieces[0] if join == 1 else jnp.concatenate(pieces, axis=1)
-                return 0
+        _loop(k // join, tiles.first // join, third)
 
-            lax.fori_loop(0, k // join, gather, 0)
-            for q in range(join):
-                j = jj * join + q
-                dy_j = dy_ref[:, pl.ds(pl.multiple_of(j * s, LANES), s)]
-                dleft_ref[j] += _dot_tokens(z_ref[q], dy_j)
-                z_ref[q] = _dot(dy_j, left_ref[j], True).astype(x.dtype)
+        @pl.when(step == steps - 1)
+        def _():
+            done_right, done_left = right_sum, left_sum
+            if cores == 1:
+                done_right, done_left = right_ref, left_ref
+                right_ref[...] = right_sum[...].astype(right_ref.dtype)
+                left_ref[...] = left_sum[...].astype(left_ref.dtype)
+            send = [
+                pltpu.make_async_copy(done_right.at[i], part(dright_hbm, core, i), arrived.at[i]) for i in range(k)
+            ] + [
+                pltpu.make_async_copy(done_left.at[j], dleft_hbm.at[core, block(j)], arrived.at[k + j])
+                for j in range(group)
+            ]
+            for copy in send:
+                copy.start()
+            for copy in send:
+                copy.wait()
 
-            def scatter(ii, _):
-                at = pl.ds(pl.multiple_of(ii * join * r, join * r), join * r)
-                held = [z_ref[q, :, at] for q in range(join)]
-                for q in range(join):
-                    i = ii * join + q
-                    pieces = [h[:, q * r : (q + 1) * r] for h in held]
-                    dz = pieces[0] if join == 1 else jnp.concatenate(pieces, axis=1)
-                    x_i = x_ref[:, pl.ds(pl.multiple_of(i * p, LANES), p)]
-                    dright_ref[i, :, lanes] += _dot_tokens(x_i, dz)
-                return 0
-
-            lax.fori_loop(0, k // join, scatter, 0)
-            return 0
-
-        lax.fori_loop(0, group // join, blocks, 0)
-
-    size, groups = x.dtype.itemsize, l // group
-    right_spec = pl.BlockSpec((k, p, group * r), lambda j, i: (0, 0, j))
-    left_spec = pl.BlockSpec((group, kr, s), lambda j, i: (j, 0, 0))
-    return pl.pallas_call(
+    anywhere, size = pl.BlockSpec(memory_space=pl.ANY), x.dtype.itemsize
+    panel = pl.BlockSpec((bm, k * p), lambda c, j, i: (c * steps + i, 0))
+    out_shapes = [jax.ShapeDtypeStruct((cores, *w.shape), out_dtype) for w in (right, left)]
+    found = pl.pallas_call(
         kernel,
-        out_shape=(
-            jax.ShapeDtypeStruct(right.shape, jnp.float32),
-            jax.ShapeDtypeStruct(left.shape, jnp.float32),
-        ),
-        grid=(groups, m // bm),
-        in_specs=[
-            pl.BlockSpec((bm, k * p), lambda j, i: (i, 0)),
-            pl.BlockSpec((bm, group * s), lambda j, i: (i, j)),
-            right_spec,
-            left_spec,
+        out_shape=[*([jax.ShapeDtypeStruct(x.shape, x.dtype)] if with_x else []), *out_shapes],
+        grid=(cores, l // group, steps),
+        in_specs=[panel, pl.BlockSpec((bm, group * s), lambda c, j, i: (c * steps + i, j)), anywhere, anywhere],
+        out_specs=[*([panel] if with_x else []), anywhere, anywhere],
+        scratch_shapes=[
+            pltpu.VMEM((k, p, group * r), x.dtype),
+            pltpu.VMEM((group, kr, s), x.dtype),
+            pltpu.VMEM((k, p, group * r), jnp.float32),
+            pltpu.VMEM((group, kr, s), jnp.float32),
+            pltpu.VMEM((group, bm, kr), x.dtype),
+            pltpu.SemaphoreType.DMA((k + group,)),
         ],
-        out_specs=(right_spec, left_spec),
-        scratch_shapes=[pltpu.VMEM((join, bm, kr), x.dtype)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.vmem
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * m * (2 * right.size + 2 * left.size),
-            bytes_accessed=(x.size * groups + dy.size) * size + (right.size + left.size) * (size + 4),
+            flops=2 * m * ((3 if with_x else 2) * right.size + 2 * left.size),
+            bytes_accessed=(x.size * (l // group + with_x) + dy.size + 2 * cores * (right.size + left.size)) * size,
             transcendentals=0,
         ),
-        name="monarch_backward_weights",
+        name="monarch_backward" if with_x else "monarch_backward_weights",
         interpret=interpret,
     )(x, dy, right, left)
+    *dx, dright, dleft = found
+    total = lambda sums: (sums[0] if cores == 1 else jnp.sum(sums, axis=0)).astype(x.dtype)
+    return (dx[0] if with_x else None), total(dright), total(dleft)
 
 
-def _dot(a: jax.Array, b: jax.Array, transposed: bool) -> jax.Array:
+def _regroup(panels: list[jax.Array], groups: int, r: int) -> list[jax.Array]:
+    """Panels (tokens, groups r) -> for each group the lanes r of every panel, side by side: (tokens, panels r)."""
+    cut = lambda j: [panel[:, j * r : (j + 1) * r] for panel in panels]
+    return [cut(j)[0] if len(panels) == 1 else jnp.concatenate(cut(j), axis=1) for j in range(groups)]
+
+
+def _chunk(total: int, unit: int) -> int:
+    """The largest divisor of `total` in multiples of `unit` up to CHUNK, or `unit`."""
+    return max([d for d in range(unit, CHUNK + 1, unit) if total % d == 0] or [unit])
+
+
+def _lanes(i: jax.Array | int, width: int) -> pl.Slice:
+    return pl.ds(pl.multiple_of(i * width, LANES), width)
+
+
+def _loop(count: int, stretch: int, step: Callable[[jax.Array | int], Any]) -> None:
+    """`step(i)` for every i, the largest divisor of `count` up to `stretch` of them in one basic block."""
+    most = max(d for d in range(1, min(count, max(1, stretch)) + 1) if count % d == 0)
+
+    def body(i: jax.Array | int, _: int) -> int:
+        for q in range(most):
+            step(i * most + q)
+        return 0
+
+    body(0, 0) if most == count else lax.fori_loop(0, count // most, body, 0)
+
+
+def _dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
     """a @ b, or a @ b^T, in f32."""
     return lax.dot_general(a, b, (((1,), (1 if transposed else 0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _dot_tokens(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a^T @ b over tokens, in f32."""
+    """a^T @ b over the tokens, in f32."""
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)

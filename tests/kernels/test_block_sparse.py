@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import CHIPS, KernelError
 from pallas_kernels.block_sparse import api, block_sparse, choose, configs, reference
+from tests.kernels.races import races, strict
 
 V5E = CHIPS["v5e"]
 SHAPES = [  # rows, block rows, columns, blocks per column, p, s
@@ -56,10 +56,10 @@ def test_several_token_tiles_and_column_groups(monkeypatch):
             assert far(a, b) < 1e-5
 
 
-def test_races_and_uninitialised_memory():
+def test_races_and_uninitialised_memory(capsys):
     """In TPU interpret mode, which fills memory with NaN and runs parallel axes in random order."""
     x, values, rows, g = problem(16, 2, 2, 1, 128, 128)
-    mode = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    mode = strict(2)
     tile = configs.Tiles(8, 1, 2**24)
     y = api.tpu.forward(x, values, rows.reshape(-1), tile, mode)
     dx = api.tpu.backward_x(g, values, rows.reshape(-1), x.shape[1], tile, mode)
@@ -67,6 +67,7 @@ def test_races_and_uninitialised_memory():
     want = jax.vjp(lambda x, v: reference(x, v, rows), x, values)[1](g)
     assert far(y, reference(x, values, rows)) < 1e-5
     assert far(dx, want[0]) < 1e-5 and far(dw, want[1]) < 1e-5
+    assert not races(capsys)
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 2, 2, 8, 4), (1, 2, 3, 1, 5, 7)])

@@ -1,13 +1,15 @@
 """The two-stage product: kernel against definition, gradients, the rule, and compiles for TPUs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import CHIPS, KernelError
 from pallas_kernels.monarch import api, choose, configs, monarch, reference
+from tests.kernels.races import races, strict
 
 V5E = CHIPS["v5e"]
 SHAPES = [  # rows, k, p, l, s, r
@@ -44,28 +46,42 @@ def test_kernel_and_gradients_equal_the_reference(shape, dtype, tolerance):
         assert got.dtype == dtype and far(got, want) < tolerance
 
 
-def test_groups_of_blocks_and_token_tiles(monkeypatch):
+def test_groups_of_blocks_token_tiles_and_cores(monkeypatch):
+    """Whole weights at once (all gradients by one kernel) and groups of them; loops unrolled or not; one core or two."""
     *operands, g = problem(300, 2, 128, 4, 128, 128)
     results = []
-    for tokens, blocks in ((128, 1), (304, 2)):
-        monkeypatch.setattr(api, "tiles", lambda *_, t=tokens, b=blocks: configs.Tiles(t, b, 2**24))
+    for tile in (configs.Tiles(128, 1, 2**24), configs.Tiles(304, 2, 2**24), configs.Tiles(80, 4, 2**24, 2, 4, 2)):
+        whole = tile.blocks == 4
+
+        def pick(kind, *_, tile=tile, whole=whole):
+            blocks = min(tile.blocks, 2) if kind == "backward_x" else tile.blocks
+            return None if kind == "backward" and not whole else dataclasses.replace(tile, blocks=blocks)
+
+        monkeypatch.setattr(api, "tiles", pick)
         y, pull = jax.vjp(kernel, *operands)
         results.append((y, *pull(g)))
-    for a, b in zip(*results):
-        assert far(a, b) < 1e-5
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert far(a, b) < 1e-5
 
 
-def test_races_and_uninitialised_memory():
-    x, right, left, g = problem(16, 2, 128, 2, 128, 128)
-    mode = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    tile = configs.Tiles(8, 1, 2**24)
+@pytest.mark.parametrize(
+    "tile", [configs.Tiles(8, 1, 2**24), configs.Tiles(8, 2, 2**24, cores=2)], ids=["groups", "cores"]
+)
+def test_races_and_uninitialised_memory(tile, capsys):
+    x, right, left, g = problem(32, 2, 128, 2, 128, 128)
+    mode = strict(tile.cores)
+    whole = tile.blocks == 2
     flat = right.reshape(2, 128, 256), left.reshape(2, 256, 128)
     expected, pull = jax.vjp(reference, x, right, left)
-    dx, *dw = pull(g)
+    wanted = pull(g)
     assert far(api.tpu.forward(x, *flat, tile, mode), expected) < 1e-5
-    assert far(api.tpu.forward(g, *flat, tile, mode, transposed=True), dx) < 1e-5
-    for got, want in zip(api.tpu.backward_weights(x, g, *flat, tile, mode), dw):
+    assert far(api.tpu.forward(g, *flat, tile, mode, transposed=True), wanted[0]) < 1e-5
+    found = api.tpu.backward(x, g, *flat, tile, whole, mode)
+    assert (found[0] is not None) == whole
+    for got, want in list(zip(found, wanted))[not whole :]:
         assert far(got, want.reshape(got.shape)) < 1e-5
+    assert not races(capsys)
 
 
 def test_xla_path_in_double_precision():
