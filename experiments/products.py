@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pallas_kernels.block_diagonal
 import pallas_kernels.block_sparse
 import pallas_kernels.low_rank
 import pallas_kernels.monarch
 from pallas_kernels import Chip
+from pallas_kernels.block_diagonal import block_diagonal
+from pallas_kernels.block_diagonal.reference import dense_matrix as dense_block_diagonal
 from pallas_kernels.block_sparse import block_sparse
 from pallas_kernels.block_sparse.reference import dense_matrix as dense_block_sparse
 from pallas_kernels.dispatch import Choice
@@ -66,7 +69,19 @@ def _sizes(n: int, o: Sizes) -> tuple[int, int, int, int, int]:
     return b, p, b, p, r
 
 
+def _blocks(n: int, o: Sizes) -> tuple[int, int, int]:
+    b = int(o["blocks"])
+    return b, n // b, n // b
+
+
 OPS: dict[str, Op] = {
+    "block_diagonal": Op(
+        shapes=lambda n, o: [_blocks(n, o)],
+        apply=block_diagonal,
+        dense=lambda n, blocks: dense_block_diagonal(blocks),
+        weight=lambda n, o: n * n // int(o["blocks"]),
+        choose=lambda m, n, o, chip: pallas_kernels.block_diagonal.choose(m, _blocks(n, o), jnp.bfloat16, chip),
+    ),
     "block_sparse": Op(
         shapes=lambda n, o: [_columns(n, o), _columns(n, o)[:2]],
         apply=block_sparse,

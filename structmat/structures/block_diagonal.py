@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from pallas_kernels.block_diagonal import block_diagonal
 from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.factors import divisors
@@ -33,6 +33,7 @@ class BlockDiagonal(Structure):
         sharding="whole blocks; no communication",
         paper="-",
         when="grouped features; no mixing between blocks",
+        kernel="block_diagonal",
     )
 
     def check(self) -> None:
@@ -72,9 +73,10 @@ class BoundBlockDiagonal(Bound):
         return {"blocks": self.factor((b, p, s), axes, p, s, share=1)}
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
-        b, p, _ = self.sizes
-        y = lax.dot_general(x.reshape(-1, b, p), params["blocks"], (((2,), (1,)), ((1,), (0,))))
-        return y.transpose(1, 0, 2).reshape(*x.shape[:-1], self.d_out)
+        return block_diagonal(x, params["blocks"])
+
+    def rmatmul(self, params: Params, y: jax.Array) -> jax.Array:
+        return block_diagonal(y, params["blocks"].swapaxes(1, 2))
 
     def materialize(self, params: Params) -> jax.Array:
         b, p, s = self.sizes
