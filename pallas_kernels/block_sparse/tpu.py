@@ -27,8 +27,8 @@ def forward(x: jax.Array, values: jax.Array, index: jax.Array, tiles: Tiles, int
     m, k = x.shape
     columns, count, p, s = values.shape
     bm, group = tiles.tokens, tiles.columns
-    stretch = _stretch(count, bm, p, s)
-    together = _stretch(group, bm * count, p, s)
+    stretch = unrolled(count, bm, p, s)
+    together = unrolled(group, bm * count, p, s)
 
     def kernel(row_of, x_ref, w_ref, y_ref):
         first = pl.program_id(1) * group * count
@@ -38,11 +38,11 @@ def forward(x: jax.Array, values: jax.Array, index: jax.Array, tiles: Tiles, int
                 row = pl.multiple_of(row_of[first + g * count + r] * p, p)
                 return total + jnp.dot(x_ref[:, pl.ds(row, p)], w_ref[g, r], preferred_element_type=jnp.float32)
 
-            total = _loop(count, stretch, dot, jnp.zeros((bm, s), jnp.float32))
+            total = repeat(count, stretch, dot, jnp.zeros((bm, s), jnp.float32))
             y_ref[:, pl.ds(pl.multiple_of(g * s, s), s)] = total.astype(y_ref.dtype)
             return 0
 
-        _loop(group, together, column, 0)
+        repeat(group, together, column, 0)
 
     return pl.pallas_call(
         kernel,
@@ -75,8 +75,8 @@ def backward_x(
     m = dy.shape[0]
     columns, count, p, s = values.shape
     bm, group = tiles.tokens, tiles.columns
-    stretch = _stretch(count, bm, p, s)
-    together = _stretch(group, bm * count, p, s)
+    stretch = unrolled(count, bm, p, s)
+    together = unrolled(group, bm * count, p, s)
 
     def kernel(row_of, dy_ref, w_ref, dx_ref, total):
         step = pl.program_id(1)
@@ -95,9 +95,9 @@ def backward_x(
                 )
                 return 0
 
-            return _loop(count, stretch, add, 0)
+            return repeat(count, stretch, add, 0)
 
-        _loop(group, together, column, 0)
+        repeat(group, together, column, 0)
 
         @pl.when(step == pl.num_programs(1) - 1)
         def _():
@@ -140,8 +140,8 @@ def backward_values(
     m, k = x.shape
     columns, count, p, s = grid
     bm, group = tiles.tokens, tiles.columns
-    stretch = _stretch(count, bm, p, s)
-    together = _stretch(group, bm * count, p, s)
+    stretch = unrolled(count, bm, p, s)
+    together = unrolled(group, bm * count, p, s)
 
     def kernel(row_of, x_ref, dy_ref, dw_ref):
         group_at, token = pl.program_id(0), pl.program_id(1)
@@ -160,9 +160,9 @@ def backward_values(
                 )
                 return 0
 
-            return _loop(count, stretch, add, 0)
+            return repeat(count, stretch, add, 0)
 
-        _loop(group, together, column, 0)
+        repeat(group, together, column, 0)
 
     return pl.pallas_call(
         kernel,
@@ -191,7 +191,7 @@ def backward_values(
     )(index, x, dy)
 
 
-def _loop(count: int, stretch: int, step: Any, carry: Any) -> Any:
+def repeat(count: int, stretch: int, step: Any, carry: Any) -> Any:
     """Fold `step(r, carry)` over r: `stretch` of them unrolled, in a loop where there are more."""
 
     def body(i: jax.Array | int, carry: Any) -> Any:
@@ -202,7 +202,8 @@ def _loop(count: int, stretch: int, step: Any, carry: Any) -> Any:
     return body(0, carry) if stretch == count else lax.fori_loop(0, count // stretch, body, carry)
 
 
-def _stretch(count: int, tokens: int, p: int, s: int) -> int:
+def unrolled(count: int, tokens: int, p: int, s: int) -> int:
+    """How many of `count` dots (tokens, p) x (p, s) one basic block holds: a divisor of it."""
     most = max(1, BODY // (tokens * p * s))
     return max(d for d in range(1, min(count, most) + 1) if count % d == 0)
 
