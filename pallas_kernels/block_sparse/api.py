@@ -35,7 +35,7 @@ def block_sparse(
     Raises:
       KernelError: shapes that do not fit each other, or "pallas" where the kernel does not apply.
     """
-    grid, k = _check(x, values, rows)
+    grid, k = checked(x, values, rows)
     chip = current_chip()
     m, dtype = math.prod(x.shape[:-1]), jnp.result_type(x, values)
     chosen = resolve(OP, implementation, choose(m, k, grid, dtype, chip), chip)
@@ -127,7 +127,8 @@ def _backward(chip: Chip, interpret: Any, kept: Any, dy: jax.Array) -> tuple[jax
 product.defvjp(_forward, _backward)
 
 
-def _check(x: jax.Array, values: jax.Array, rows: jax.Array) -> tuple[tuple[int, int, int, int], int]:
+def checked(x: jax.Array, values: jax.Array, rows: jax.Array) -> tuple[tuple[int, int, int, int], int]:
+    """(C, R, p, s) and the columns of x; KernelError where the three do not fit each other."""
     if values.ndim != 4 or rows.shape != values.shape[:2]:
         raise KernelError(f"{OP}: values must be (C, R, p, s) and rows (C, R), got {values.shape} and {rows.shape}")
     if rows.dtype != jnp.int32:
