@@ -71,12 +71,13 @@ SHAPES = ((128, 2), (64, 2), (64, 1))
 
 
 def candidates(chunk: int, memory: int) -> Iterable[Tile]:
-    """Tiles in `memory` bytes, with as many slots as fit, at most six."""
+    """Tiles in `memory` bytes, with as many slots as fit, two to six: a slot is given back one step after its use."""
     for rows, groups in SHAPES:
         for columns in (128, 64):
             tile = Tile(rows, groups, columns, chunk)
             slots = min(6, (memory - BARRIERS - tile.out_bytes) // tile.slot_bytes)
-            yield dataclasses.replace(tile, slots=slots)
+            if slots >= 2:
+                yield dataclasses.replace(tile, slots=slots)
 
 
 def best(tiles: Iterable[tuple[Tile, int]], sms: int) -> Tile:
