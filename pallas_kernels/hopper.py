@@ -87,8 +87,8 @@ def _program(walk: Walk, tile: Tile, programs: int, gmem: Any, *, a_smem, b_smem
     high = max(d for d in range(1, 9) if down % d == 0)
     me, group = lax.axis_index("sm"), lax.axis_index("warpgroup")
 
-    def tiles(body: Callable[..., Any]) -> None:
-        """`body(i, j, step) -> step` over this program's tiles; `step` counts the slots of the ring used so far.
+    def tiles(body: Callable[..., Any]) -> Any:
+        """`body(i, j, step) -> step` over this program's tiles; `step` counts the slots of the ring used, here in all.
 
         Down a strip `high` tiles high first, then across it: programs at work together share operands in L2.
         """
@@ -100,7 +100,7 @@ def _program(walk: Walk, tile: Tile, programs: int, gmem: Any, *, a_smem, b_smem
             return body(i, lax.div(inside, jnp.int32(high)), step)
 
         mine = lax.div(jnp.int32(down * across - 1) - me, jnp.int32(programs)) + 1
-        lax.fori_loop(jnp.int32(0), mine, one, jnp.int32(0))
+        return lax.fori_loop(jnp.int32(0), mine, one, jnp.int32(0))
 
     @pl.when(group == tile.groups)
     def _():
@@ -118,7 +118,7 @@ def _program(walk: Walk, tile: Tile, programs: int, gmem: Any, *, a_smem, b_smem
 
             return lax.fori_loop(*walk.span(indices, i, j), fill, step)
 
-        tiles(load)
+        drain(free, tiles(load), tile.slots)
 
     @pl.when(group < tile.groups)
     def _():
@@ -211,6 +211,14 @@ def claim(free: Any, step: Any, slots: int) -> Any:
 def release(free: Any, step: Any, slots: int) -> None:
     """Say that this warpgroup has read the slot of a step."""
     plgpu.barrier_arrive(free.at[lax.rem(step, jnp.int32(slots))])
+
+
+def drain(free: Any, steps: Any, slots: int) -> None:
+    """Wait until all of `steps` have been read: a barrier must not go with a phase that nobody saw."""
+
+    @pl.loop(jnp.maximum(steps - slots, 0), steps)
+    def _(step):
+        plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(slots))])
 
 
 def part(ref: Any, place: Place, shape: tuple[int, int]) -> Any:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips import Chip
-from pallas_kernels.hopper import claim, launch, part, registers, release, smem, store
+from pallas_kernels.hopper import claim, drain, launch, part, registers, release, smem, store
 from pallas_kernels.hopper_tiles import BARRIERS, DEPTH, PIECE
 from pallas_kernels.tiling import whole_tiles
 
@@ -116,6 +116,9 @@ def _program(
                 corner = lax.rem(at, flat) * DEPTH, column + lax.div(at, flat) * tile.columns
                 source = part(b_gmem, corner, (DEPTH, tile.columns))
                 plgpu.copy_gmem_to_smem(source, b_smem.at[slot], full[1].at[slot])
+
+        for at, steps in enumerate((deep, strips * flat)):
+            drain(free[at], mine * steps, tile.slots[at])
 
     @pl.when(group < tile.groups)
     def _():
