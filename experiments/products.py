@@ -13,6 +13,7 @@ import numpy as np
 import pallas_kernels.block_diagonal
 import pallas_kernels.block_sparse
 import pallas_kernels.low_rank
+import pallas_kernels.low_rank_plus_block_sparse
 import pallas_kernels.monarch
 from pallas_kernels import Chip
 from pallas_kernels.block_diagonal import block_diagonal
@@ -22,6 +23,8 @@ from pallas_kernels.block_sparse.reference import dense_matrix as dense_block_sp
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.low_rank import low_rank
 from pallas_kernels.low_rank.reference import dense_matrix as dense_low_rank
+from pallas_kernels.low_rank_plus_block_sparse import low_rank_plus_block_sparse
+from pallas_kernels.low_rank_plus_block_sparse.reference import dense_matrix as dense_low_rank_plus_block_sparse
 from pallas_kernels.monarch import monarch
 from pallas_kernels.monarch.reference import dense_matrix as dense_monarch
 
@@ -89,6 +92,16 @@ OPS: dict[str, Op] = {
         weight=lambda n, o: n * _count(n, o) * int(o["block"]),
         choose=lambda m, n, o, chip: pallas_kernels.block_sparse.choose(m, n, _columns(n, o), jnp.bfloat16, chip),
         indices=(1,),
+    ),
+    "low_rank_plus_block_sparse": Op(
+        shapes=lambda n, o: [(int(o["rank"]), n), (int(o["rank"]), n), _columns(n, o), _columns(n, o)[:2]],
+        apply=low_rank_plus_block_sparse,
+        dense=lambda n, a, b, values, rows: dense_low_rank_plus_block_sparse(a, b, values, rows),
+        weight=lambda n, o: 2 * n * int(o["rank"]) + n * _count(n, o) * int(o["block"]),
+        choose=lambda m, n, o, chip: pallas_kernels.low_rank_plus_block_sparse.choose(
+            m, n, int(o["rank"]), _columns(n, o), jnp.bfloat16, chip
+        ),
+        indices=(3,),
     ),
     "monarch": Op(
         shapes=lambda n, o: [

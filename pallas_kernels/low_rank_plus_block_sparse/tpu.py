@@ -103,10 +103,10 @@ def backward_x(
             total[...] = jnp.zeros_like(total)
             narrow[...] = jnp.zeros_like(narrow)
 
+        narrow[...] += _dot(dy_ref[...], b_ref[...], (1, 1))
+
         def column(g: Any, _: int) -> int:
-            at = _lanes(g, s)
-            part = dy_ref[:, at]
-            narrow[...] += _dot(part, b_ref[:, at], (1, 1))
+            part = dy_ref[:, _lanes(g, s)]
 
             def add(r: Any, _: int) -> int:
                 row = pl.multiple_of(row_of[(step * group + g) * count + r] * p, p)

@@ -14,6 +14,7 @@ from structmat.structures.base import Bound
 from structmat.structures.composite import Composite
 from structmat.structures.descent import squared_error
 from structmat.structures.errors import StructureError
+from structmat.structures.fused import fused_product
 from structmat.structures.leaf import Axes, Leaves, Params, Shape, flatten_leaves, map_leaves
 from structmat.structures.linalg import jit_projection, working_dtype
 from structmat.structures.recipe import Structure
@@ -100,6 +101,8 @@ class BoundSum(Bound):
         return {n: t.init(k, dtype, g) for (n, t), k, g in zip(self._named(), keys, self._gains(gain))}
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
+        if product := fused_product(self.terms):
+            return product(params, x)
         return sum(t.matmul(params[n], x) for n, t in self._named())
 
     def rmatmul(self, params: Params, y: jax.Array) -> jax.Array:
