@@ -26,6 +26,7 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from experiments import bench_gpu  # noqa: E402
 from experiments.own_flags import OwnFlags  # noqa: E402
 from structmat.analysis.timing import interleaved, median_ratio, op_counts  # noqa: E402
 from structmat.nn.leaves import split  # noqa: E402
@@ -64,11 +65,13 @@ CASES = CHOSEN + [
 """What is timed: the chosen sizes, and of every other family its own example."""
 
 flags = OwnFlags()
-_SUITE = flags.DEFINE_enum("suite", "cpu", sorted(SUITES), "which sizes")
-_OUT = flags.DEFINE_string("out", "", "Record JSON to write; default results/bench/<suite>.json")
+_SUITE = flags.DEFINE_enum("suite", "cpu", sorted([*SUITES, "gpu"]), "which sizes; gpu: the kernels on a GPU")
+_OUT = flags.DEFINE_string("out", "", "Record JSON to write; default results/bench/<suite>.json, of the GPU h100.json")
 _ONLY = flags.DEFINE_string("only", "", "time only structures whose text contains this")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls per row", lower_bound=3)
-_MINUTES = flags.DEFINE_float("minutes", 30.0, "stop after this time; run again to go on", lower_bound=0.1)
+_MINUTES = flags.DEFINE_float(
+    "minutes", None, "stop after this time; run again to go on; default 30, of the GPU suite 8", lower_bound=0.1
+)
 _FRESH = flags.DEFINE_bool("fresh", False, "forget rows already measured")
 
 
@@ -198,7 +201,10 @@ def main(argv: list[str]) -> None:
     """Measure what is missing, write the Record after every row, print the tables."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
-    suite = SUITES[_SUITE.value]
+    if _SUITE.value == "gpu":
+        bench_gpu.main(Path(_OUT.value or "results/bench/h100.json"), _MINUTES.value or 8.0, _ONLY.value, _FRESH.value)
+        return
+    suite, minutes = SUITES[_SUITE.value], _MINUTES.value or 30.0
     out = Path(_OUT.value or f"results/bench/{_SUITE.value}.json")
     dtype = jnp.dtype(suite["dtype"])
     done: list[dict] = []
@@ -216,8 +222,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--only={_ONLY.value!r} is in none of: {', '.join(CASES)}")
     start = time.monotonic()
     for i, (case, n, batch) in enumerate(todo):
-        if time.monotonic() - start > 60 * _MINUTES.value:
-            print(f"stopped after {_MINUTES.value} minutes with {len(todo) - i} rows to go; run again to go on")
+        if time.monotonic() - start > 60 * minutes:
+            print(f"stopped after {minutes} minutes with {len(todo) - i} rows to go; run again to go on")
             break
         try:
             rows = measure(case.format(n8=n // 8), n, batch, _REPEATS.value, dtype)

@@ -1,0 +1,120 @@
+"""The products of the GPU benchmark in PyTorch, where it is installed with CUDA: compiled, block sparse and 2:4."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def missing() -> str:
+    """Why PyTorch cannot be timed, or ""."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch not installed"
+    import torch
+
+    return "" if torch.cuda.is_available() else "torch without CUDA"
+
+
+def apply(op: str) -> Callable[..., Any] | None:
+    """(x, *weights) -> y with the arrays of `experiments.products`, or None for an operation not written here."""
+    return {
+        "block_sparse": _block_sparse,
+        "monarch": _monarch,
+        "low_rank": lambda x, a, b: (x @ a.t()) @ b,
+        "block_diagonal": lambda x, w: _joined(_blocks(x, w.shape[0]) @ w),
+    }.get(op)
+
+
+def sparse(op: str, x: Any, weights: list[Any]) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+    """PyTorch's own sparse products, forward: of the same matrix as BSR, and of any 2:4 one of the same width.
+
+    Each is a function of x and its other operands.
+    """
+    import torch
+    from torch.nn.functional import linear
+
+    if op != "block_sparse":
+        return {}
+    values, rows = weights
+    (columns, count, p, s), k = values.shape, x.shape[1]
+    crow = torch.arange(columns + 1, device=x.device, dtype=torch.int32) * count
+    blocks = values.reshape(-1, p, s).transpose(1, 2).contiguous()
+    bsr = torch.sparse_bsr_tensor(crow, rows.reshape(-1), blocks, size=(columns * s, k))
+    dense = torch.randn(columns * s, k, device=x.device, dtype=x.dtype)
+    kept = torch.tensor([True, True, False, False], device=x.device).repeat(k // 4)
+    halved = torch.sparse.to_sparse_semi_structured(dense * kept)
+    return {"torch_bsr": (linear, [x, bsr]), "torch_2_4": (linear, [x, halved])}
+
+
+def tensors(arrays: list[jax.Array]) -> list[Any]:
+    """The same memory as torch tensors."""
+    import torch
+
+    return [torch.from_dlpack(a) for a in arrays]
+
+
+def both(function: Callable[..., Any], x: Any, g: Any, weights: list[Any]) -> Callable[[], Any]:
+    """() -> y and the gradients of x and of the floating weights."""
+    import torch
+
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (x, *weights)]
+    wanted = [t for t in leaves if t.requires_grad]
+
+    def run() -> Any:
+        y = function(*leaves)
+        return y, torch.autograd.grad(y, wanted, g)
+
+    return run
+
+
+def seconds(run: Callable[[], Any], repeats: int, samples: int) -> float:
+    """Median over samples of the time between two CUDA events round `repeats` runs, per run."""
+    import torch
+
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(samples):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / repeats)
+    return statistics.median(times)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of it for exactly its shapes."""
+    import torch
+
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def _blocks(x: Any, count: int) -> Any:
+    """x (M, count w) -> (count, M, w)."""
+    return x.view(x.shape[0], count, -1).transpose(0, 1)
+
+
+def _joined(y: Any) -> Any:
+    """(count, M, w) -> (M, count w)."""
+    return y.transpose(0, 1).reshape(y.shape[1], -1)
+
+
+def _block_sparse(x: Any, values: Any, rows: Any) -> Any:
+    columns, count, p, s = values.shape
+    panels = x.view(x.shape[0], -1, p)[:, rows.reshape(-1).long()]
+    return _joined(_blocks(panels.reshape(x.shape[0], -1), columns) @ values.reshape(columns, count * p, s))
+
+
+def _monarch(x: Any, right: Any, left: Any) -> Any:
+    (k, p, l, r), s = right.shape, left.shape[3]
+    z = _blocks(x, k) @ right.reshape(k, p, l * r)
+    z = z.view(k, -1, l, r).permute(2, 1, 0, 3).reshape(l, -1, k * r)
+    return _joined(z @ left.reshape(l, k * r, s))
