@@ -66,7 +66,7 @@ CASES = CHOSEN + [
 
 flags = OwnFlags()
 _SUITE = flags.DEFINE_enum("suite", "cpu", sorted([*SUITES, "gpu"]), "which sizes; gpu: the kernels on a GPU")
-_OUT = flags.DEFINE_string("out", "", "Record JSON to write; default results/bench/<suite>.json, of the GPU h100.json")
+_OUT = flags.DEFINE_string("out", "", "Record JSON to write; default results/bench/<suite>.json, of a GPU h100.json")
 _ONLY = flags.DEFINE_string("only", "", "time only structures whose text contains this")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls per row", lower_bound=3)
 _MINUTES = flags.DEFINE_float(
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     if _SUITE.value == "gpu":
-        bench_gpu.main(Path(_OUT.value or "results/bench/h100.json"), _MINUTES.value or 8.0, _ONLY.value, _FRESH.value)
+        bench_gpu.main(_OUT.value, _MINUTES.value or 8.0, _ONLY.value, _FRESH.value)
         return
     suite, minutes = SUITES[_SUITE.value], _MINUTES.value or 30.0
     out = Path(_OUT.value or f"results/bench/{_SUITE.value}.json")

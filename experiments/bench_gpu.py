@@ -2,8 +2,8 @@
 
 First every kernel's numbers, forward and gradients, at a small size; then times. A time is that of one turn of a compiled
 loop of 50 to 1000, each turn of which needs the results of the one before, less a turn of the same loop with nothing in
-it; both are medians of several calls. PyTorch is timed between CUDA events round as many calls. A kernel that fails
-leaves its message in the row and the run goes on.
+it; both are medians of several calls. PyTorch is timed between CUDA events round as many replays of a CUDA graph of the
+compiled product. A kernel that fails leaves its message in the row and the run goes on.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from experiments import bench_torch
 from experiments.bench_gpu_table import DIRECTIONS, OURS, rates, report
 from experiments.bench_loop import errors, looped, noted, seconds
 from experiments.products import OPS, Product, Sizes
-from pallas_kernels.chips import Chip, current_chip
+from pallas_kernels.chips import CHIPS, Chip, current_chip
 from structmat.training.record import Record
 
 
@@ -74,7 +75,8 @@ def measure(product: Product, chip: Chip, suite: Suite, seen: dict[Any, float]) 
     """
     choice, (x, weights) = product.choice(chip), product.arrays()
     g, _ = product.arrays(seed=1)
-    dense = OPS[product.op].dense(product.n, *weights).astype(x.dtype)
+    exact = OPS[product.op].dense(product.n, *(w if w.dtype == jnp.int32 else w.astype(jnp.float32) for w in weights))
+    dense = exact.astype(x.dtype)
     rows = {d: {"direction": d, "seconds": {}, "error": {}, "notes": {}} for d in DIRECTIONS}
     lowered, arguments, repeats = {}, {}, {}
     for direction, times in DIRECTIONS.items():
@@ -109,7 +111,7 @@ def measure(product: Product, chip: Chip, suite: Suite, seen: dict[Any, float]) 
             with noted(rows["forward"], name):
                 for direction, error in errors(product, name).items():
                     rows[direction]["error"][name] = error
-    _torch(product, rows, [x, g, *weights], repeats, suite.samples)
+    _torch(product, rows, [exact, x, g, *weights], repeats, suite.samples)
     for direction, row in rows.items():
         row |= {
             "n": product.n,
@@ -127,11 +129,13 @@ def _torch(product: Product, rows: dict[str, Any], arrays: list[Any], repeats: d
         for row in rows.values():
             row["notes"]["torch"] = missing or f"{product.op} is not written in torch here"
         return
-    (x, g, *weights), run = bench_torch.tensors(arrays), bench_torch.compiled(function)
+    (exact, x, g, *weights), run = bench_torch.tensors(arrays), bench_torch.compiled(function)
     for direction, row in rows.items():
         with noted(row, "torch"):
             call = bench_torch.both(run, x, g, weights) if direction == "both" else lambda run=run: run(x, *weights)
             row["seconds"]["torch"] = bench_torch.seconds(call, repeats[direction], samples)
+    with noted(rows["forward"], "torch"):
+        rows["forward"]["error"]["torch"] = bench_torch.error(run(x, *weights), x, exact)
     with noted(rows["forward"], "torch_bsr"):
         for name, (run, operands) in bench_torch.sparse(product.op, x, weights).items():
             with noted(rows["forward"], name):
@@ -189,8 +193,11 @@ def run(out: Path, minutes: float, only: str, fresh: bool, suite: Suite) -> None
         report(held["rows"], out, " ".join(str(__doc__).split()))
 
 
-def main(out: Path, minutes: float, only: str, fresh: bool) -> None:
+def main(out: str, minutes: float, only: str, fresh: bool) -> None:
     """The suite on this machine's GPU; ends with one sentence where there is none.
+
+    Args:
+      out: the Record to write; "" for results/bench/h100.json, or as the GPU is called.
 
     Raises:
       SystemExit: no GPU, or `only` is in no case.
@@ -202,4 +209,5 @@ def main(out: Path, minutes: float, only: str, fresh: bool) -> None:
     cases = [name_of(*case) for case in suite.cases if case[0] in OPS]
     if not any(only in case for case in cases):
         raise SystemExit(f"error: --only={only!r} is in none of: {', '.join(cases)}")
-    run(out, minutes, only, fresh, suite)
+    name = chip.name if chip.name in CHIPS else "gpu"
+    run(Path(out or f"results/bench/{name}.json"), minutes, only, fresh, suite)

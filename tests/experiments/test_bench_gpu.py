@@ -90,7 +90,7 @@ def test_rates():
 
 def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: --suite=gpu needs a GPU that jax sees; here it sees 'cpu'$"):
-        bench_gpu.main(tmp_path / "none.json", 1.0, "", False)
+        bench_gpu.main(str(tmp_path / "none.json"), 1.0, "", False)
     assert not list(tmp_path.iterdir())
 
 
@@ -101,4 +101,4 @@ def test_an_unknown_case_is_named(tmp_path, monkeypatch):
     with pytest.raises(
         SystemExit, match=r"--only='monarh' is in none of: block_sparse block=128,density=0\.25, monarch"
     ):
-        bench_gpu.main(tmp_path / "none.json", 1.0, "monarh", False)
+        bench_gpu.main(str(tmp_path / "none.json"), 1.0, "monarh", False)
