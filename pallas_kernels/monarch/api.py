@@ -10,17 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chips import Chip, current_chip
+from pallas_kernels.chips import MIB, Chip, current_chip
 from pallas_kernels.dispatch import Choice, Implementation, KernelError, resolve
 from pallas_kernels.hopper_tiles import UNMEASURED
 from pallas_kernels.monarch import tpu
-from pallas_kernels.monarch.configs import tiles
+from pallas_kernels.monarch.configs import keeps, tiles
 from pallas_kernels.monarch.xla import two_stage
 from pallas_kernels.tiling import LANES, whole_sublanes, whole_tiles
 
 OP = "monarch"
 NARROWEST = 64
 """Least slice rank of the kernel: narrower groups spend more on joining lanes than XLA on its transposes."""
+RESIDENT = 4
+"""Part of VMEM, as its denominator, up to which XLA is taken to keep activations between the stages."""
 KINDS = ("forward", "backward_x", "backward_weights")
 
 
@@ -54,7 +56,10 @@ def monarch(
 
 
 def choose(m: int, sizes: tuple[int, int, int, int, int], dtype: Any, chip: Chip) -> Choice:
-    """The rule: on TPU the kernel for slice ranks of at least 64, where it saves XLA's transposes between the stages.
+    """The rule: on TPU the kernel for slice ranks of at least 64, once x, y and what lies between outgrow a quarter of VMEM.
+
+    Smaller ones XLA keeps on chip between the stages, and its transposes cost little; from there on the kernel saves
+    their way to HBM and back. With narrower ranks joining lanes costs more than XLA's transposes.
 
     On Hopper, where the kernels take slice ranks of multiples of 16 in bfloat16, XLA until they have been measured there.
 
@@ -70,6 +75,9 @@ def choose(m: int, sizes: tuple[int, int, int, int, int], dtype: Any, chip: Chip
         return Choice("xla", f"no kernel: {refused}; {said}", refused, **facts)
     if chip.platform == "gpu":
         return Choice("xla", f"{UNMEASURED}; {said}", **facts)
+    between = m * (k * p + l * s + l * k * r) * jnp.dtype(dtype).itemsize
+    if between < chip.vmem // RESIDENT:
+        return Choice("xla", f"XLA keeps {between / MIB:.0f} MiB of activations in VMEM; {said}", **facts)
     return Choice("pallas", said, **facts)
 
 
@@ -110,28 +118,35 @@ def _kernels(chip: Chip) -> Callable[..., jax.Array]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def product(x: jax.Array, right: jax.Array, left: jax.Array, chip: Chip, interpret: Any = False) -> jax.Array:
     """The kernel and its gradients: x (M, k p), right (k, p, l r), left (l, k r, s) of one dtype -> (M, l s)."""
-    return _stages("forward", x, right, left, chip, interpret)
+    return _stages("forward", x, right, left, chip, interpret)[0]
 
 
-def _stages(kind: str, x: jax.Array, right: jax.Array, left: jax.Array, chip: Chip, interpret: Any) -> jax.Array:
+def _stages(
+    kind: str, x: jax.Array, right: jax.Array, left: jax.Array, chip: Chip, interpret: Any, keep: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
     x, m = whole_sublanes(x)
     tile = tiles(kind, chip, x.shape[0], _sizes(right, left), x.dtype.itemsize)
-    return tpu.forward(x, right, left, tile, interpret, transposed=kind == "backward_x")[:m]
+    y, z = tpu.forward(x, right, left, tile, interpret, kind == "backward_x", keep)
+    return y[:m], z
 
 
 def _forward(x: jax.Array, right: jax.Array, left: jax.Array, chip: Chip, interpret: Any) -> tuple[jax.Array, Any]:
-    return product(x, right, left, chip, interpret), (x, right, left)
+    keep = keeps(chip, right.shape[1], x.dtype.itemsize)
+    y, z = _stages("forward", x, right, left, chip, interpret, keep)
+    return y, (x, right, left, z)
 
 
 def _backward(chip: Chip, interpret: Any, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, right, left = kept
+    x, right, left, z = kept
     m, sizes, size = x.shape[0], _sizes(right, left), x.dtype.itemsize
     together = tiles("backward", chip, m, sizes, size)
     tile = together or tiles("backward_weights", chip, m, sizes, size)
-    padded = (whole_tiles(a, tile.tokens * tile.cores) for a in (x, dy))
-    dx, dright, dleft = tpu.backward(*padded, right, left, tile, together is not None, interpret)
+    padded = [whole_tiles(a, tile.tokens * tile.cores) for a in (x, dy)]
+    if z is not None:
+        z = jnp.pad(z, ((0, padded[0].shape[0] - z.shape[0]), (0, 0)))
+    dx, dright, dleft = tpu.backward(*padded, right, left, tile, together is not None, interpret, z)
     if dx is None:
-        dx = _stages("backward_x", dy, right, left, chip, interpret)
+        dx, _ = _stages("backward_x", dy, right, left, chip, interpret)
     return dx[:m], dright, dleft
 
 

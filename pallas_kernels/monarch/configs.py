@@ -7,7 +7,7 @@ import dataclasses
 from pallas_kernels.chips import Chip
 from pallas_kernels.tiling import LANES, SPILL, token_tiles
 
-BODY = 2**15
+BODY = 2**17
 """Rows of x times matrix-unit tiles of one basic block: several GEMMs for the scheduler to overlap, few enough to compile
 in seconds."""
 TOKENS = 256
@@ -37,6 +37,7 @@ def tiles(kind: str, chip: Chip, m: int, sizes: tuple[int, int, int, int, int], 
     not fit. Three tenths of VMEM are left to XLA.
     """
     k, p, l, s, r = sizes
+    kept = kind != "backward_x" and keeps(chip, p, size)
     if kind == "backward_x":
         k, p, l, s = l, s, k, p
     join = max(1, LANES // r)
@@ -46,7 +47,7 @@ def tiles(kind: str, chip: Chip, m: int, sizes: tuple[int, int, int, int, int], 
         (t, g)
         for g in groups
         for t in token_tiles(m, size, TOKENS)
-        if _bytes(kind, t, g, (k, p, l, s, r), size) <= 0.7 * chip.vmem
+        if _bytes(kind, t, g, (k, p, l, s, r), size, kept) <= 0.7 * chip.vmem
     )
     found = next(fits, None)
     if found is None:
@@ -56,19 +57,27 @@ def tiles(kind: str, chip: Chip, m: int, sizes: tuple[int, int, int, int, int], 
     stretch = lambda depth, width: max(1, BODY // (tokens * across(depth) * across(width)))
     return Tiles(
         *found,
-        _bytes(kind, *found, (k, p, l, s, r), size) * 5 // 4 + SPILL,
+        _bytes(kind, *found, (k, p, l, s, r), size, kept) * 5 // 4 + SPILL,
         first=stretch(p, group * r),
         second=stretch(k * r, s),
         cores=chip.cores if -(-m // tokens) % chip.cores == 0 else 1,
     )
 
 
-def _bytes(kind: str, tokens: int, group: int, sizes: tuple[int, int, int, int, int], size: int) -> int:
+def keeps(chip: Chip, p: int, size: int) -> bool:
+    """Whether Z is kept for the backward pass: where making it again, 2 p FLOPs an entry, takes longer than writing and
+    reading it."""
+    return p > size * chip.ridge
+
+
+def _bytes(kind: str, tokens: int, group: int, sizes: tuple[int, int, int, int, int], size: int, kept: bool) -> int:
     """VMEM of one kernel: operands of the pipeline twice, what is held once, and the values of the body."""
     k, p, _, s, r = sizes
     join = max(1, LANES // r)
     weights, panel, strip = k * p * group * r + group * k * r * s, tokens * k * p, tokens * group * s
     held = size * (2 * (panel + strip) + weights + tokens * group * k * r) + 4 * tokens * max(256, join * r)
+    if kept:
+        held += 2 * size * tokens * group * k * r
     if kind in ("backward", "backward_weights"):
         held += 4 * (weights + max(k * r * s, p * group * r))
     if kind == "backward":

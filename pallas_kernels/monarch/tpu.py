@@ -25,11 +25,18 @@ CHUNK = 256
 
 
 def forward(
-    x: jax.Array, right: jax.Array, left: jax.Array, tiles: Tiles, interpret: object = False, transposed: bool = False
-) -> jax.Array:
-    """x (M, k p), right (k, p, l r), left (l, k r, s) -> (M, l s); sums in f32, Z in the dtype of x.
+    x: jax.Array,
+    right: jax.Array,
+    left: jax.Array,
+    tiles: Tiles,
+    interpret: object = False,
+    transposed: bool = False,
+    keep: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """x (M, k p), right (k, p, l r), left (l, k r, s) -> y (M, l s), and Z (M, l k r) if `keep`.
 
-    `transposed`: dy (M, l s) -> dy W^T (M, k p) by the same two stages in the opposite order, the operands as they are.
+    Sums are in f32, Z in the dtype of x. `transposed`: dy (M, l s) -> dy W^T (M, k p) by the same two stages in the
+    opposite order, the operands as they are.
 
     Grid (cores, groups of output blocks, token tiles): the weights of a group are brought block by block while the first
     token tile is worked on, and stay while the others pass.
@@ -42,7 +49,8 @@ def forward(
     weights = (left, right) if transposed else (right, left)
     steps = pl.cdiv(m, bm) // cores
 
-    def kernel(x_ref, a_hbm, b_hbm, y_ref, a_ref, b_ref, z_ref, arrived):
+    def kernel(x_ref, a_hbm, b_hbm, y_ref, *refs):
+        z_ref, a_ref, b_ref, arrived = refs if keep else (refs[2], refs[0], refs[1], refs[3])
         at_group = pl.program_id(1)
 
         def bring_first(i: jax.Array | int) -> Any:
@@ -64,14 +72,14 @@ def forward(
                     for q in range(join)
                 ]
                 for j, part in enumerate(_regroup(panels, deep // r, r)):
-                    z_ref[at // r + j, :, _lanes(ii, join * r)] = part
+                    z_ref[:, _lanes(ii, join * r, (at // r + j) * ins * r)] = part
 
         def second(j: jax.Array | int, wait: bool) -> None:
             if wait:
                 bring_second(j).wait()
             for at in range(0, out_width, wide):
                 weight = b_ref[j, at : at + wide, :] if transposed else b_ref[j, :, at : at + wide]
-                y = _dot(z_ref[j], weight, transposed)
+                y = _dot(z_ref[:, _lanes(j, ins * r)], weight, transposed)
                 y_ref[:, pl.ds(pl.multiple_of(j * out_width + at, LANES), wide)] = y.astype(y_ref.dtype)
 
         @pl.when(pl.program_id(2) == 0)
@@ -92,19 +100,26 @@ def forward(
         else [(ins, width, group * r), (group, *left.shape[1:])]
     )
     size = x.dtype.itemsize
-    return pl.pallas_call(
+    z_block = (bm, group * ins * r)
+    found = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((m, outs * out_width), x.dtype),
+        out_shape=[
+            jax.ShapeDtypeStruct((m, outs * out_width), x.dtype),
+            *([jax.ShapeDtypeStruct((m, outs * ins * r), x.dtype)] if keep else []),
+        ],
         grid=(cores, outs // group, steps),
         in_specs=[
             pl.BlockSpec((bm, ins * width), lambda c, j, i: (c * steps + i, 0)),
             pl.BlockSpec(memory_space=pl.ANY),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
-        out_specs=pl.BlockSpec((bm, group * out_width), lambda c, j, i: (c * steps + i, j)),
+        out_specs=[
+            pl.BlockSpec((bm, group * out_width), lambda c, j, i: (c * steps + i, j)),
+            *([pl.BlockSpec(z_block, lambda c, j, i: (c * steps + i, j))] if keep else []),
+        ],
         scratch_shapes=[
             *(pltpu.VMEM(shape, x.dtype) for shape in held),
-            pltpu.VMEM((group, bm, ins * r), x.dtype),
+            *([] if keep else [pltpu.VMEM(z_block, x.dtype)]),
             pltpu.SemaphoreType.DMA((ins + group,)),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -118,6 +133,7 @@ def forward(
         name="monarch_backward_x" if transposed else "monarch_forward",
         interpret=interpret,
     )(x, *weights)
+    return found[0], found[1] if keep else None
 
 
 def backward(
@@ -128,10 +144,11 @@ def backward(
     tiles: Tiles,
     with_x: bool,
     interpret: object = False,
+    z: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
     """x (M, k p), dy (M, l s) -> gradients of x (if `with_x`, which needs all blocks at once), right (k, p, l r), left.
 
-    M is whole token tiles for every core. Z again from x, then per output block left_j += Z_j^T dy_j and dZ_j = dy_j
+    M is whole token tiles for every core. Z (M, l k r) as given or again from x, then per output block left_j += Z_j^T dy_j and dZ_j = dy_j
     left_j^T in its place, then per input block, with its groups of dZ, right_i += x_i^T dZ and dx_i = dZ right_i^T. The
     sums stay in VMEM in f32 while tokens pass, and leave in the dtype of x over the weights, which are done with; those of
     several cores leave in f32, to be added up.
@@ -143,7 +160,9 @@ def backward(
     steps = m // bm // cores
     out_dtype = x.dtype if cores == 1 else jnp.dtype(jnp.float32)
 
-    def kernel(x_ref, dy_ref, right_hbm, left_hbm, *refs):
+    def kernel(x_ref, dy_ref, *refs):
+        held_ref, refs = (None, refs) if z is None else (refs[0], refs[1:])
+        right_hbm, left_hbm, *refs = refs
         dx_ref, refs = (refs[0], refs[1:]) if with_x else (None, refs)
         dright_hbm, dleft_hbm, right_ref, left_ref, right_sum, left_sum, z_ref, arrived = refs
         core, at_group, step = (pl.program_id(a) for a in range(3))
@@ -157,7 +176,7 @@ def backward(
             if wait:
                 for q in range(join):
                     bring_right(ii * join + q).wait()
-            for at in range(0, group * r, deep):
+            for at in range(0, group * r if held_ref is None else 0, deep):
                 panels = [
                     _dot(x_ref[:, _lanes(ii * join + q, p)], right_ref[ii * join + q, :, at : at + deep]).astype(
                         x.dtype
@@ -165,17 +184,18 @@ def backward(
                     for q in range(join)
                 ]
                 for j, piece in enumerate(_regroup(panels, deep // r, r)):
-                    z_ref[at // r + j, :, _lanes(ii, join * r)] = piece
+                    z_ref[:, _lanes(ii, join * r, (at // r + j) * kr)] = piece
 
         def second(j: jax.Array | int, wait: bool) -> None:
             if wait:
                 bring_left(j).wait()
             dy_j = dy_ref[:, _lanes(j, s)]
-            left_sum[j] += _dot_tokens(z_ref[j], dy_j)
-            z_ref[j] = _dot(dy_j, left_ref[j], True).astype(x.dtype)
+            z_j = (z_ref if held_ref is None else held_ref)[:, _lanes(j, kr)]
+            left_sum[j] += _dot_tokens(z_j, dy_j)
+            z_ref[:, _lanes(j, kr)] = _dot(dy_j, left_ref[j], True).astype(x.dtype)
 
         def third(ii: jax.Array | int) -> None:
-            pieces = [z_ref[j, :, _lanes(ii, join * r)] for j in range(group)]
+            pieces = [z_ref[:, _lanes(ii, join * r, j * kr)] for j in range(group)]
             for q, dz in enumerate(_regroup(pieces, join, r)):
                 i = ii * join + q
                 right_sum[i] += _dot_tokens(x_ref[:, _lanes(i, p)], dz)
@@ -223,27 +243,39 @@ def backward(
         kernel,
         out_shape=[*([jax.ShapeDtypeStruct(x.shape, x.dtype)] if with_x else []), *out_shapes],
         grid=(cores, l // group, steps),
-        in_specs=[panel, pl.BlockSpec((bm, group * s), lambda c, j, i: (c * steps + i, j)), anywhere, anywhere],
+        in_specs=[
+            panel,
+            pl.BlockSpec((bm, group * s), lambda c, j, i: (c * steps + i, j)),
+            *([] if z is None else [pl.BlockSpec((bm, group * kr), lambda c, j, i: (c * steps + i, j))]),
+            anywhere,
+            anywhere,
+        ],
         out_specs=[*([panel] if with_x else []), anywhere, anywhere],
         scratch_shapes=[
             pltpu.VMEM((k, p, group * r), x.dtype),
             pltpu.VMEM((group, kr, s), x.dtype),
             pltpu.VMEM((k, p, group * r), jnp.float32),
             pltpu.VMEM((group, kr, s), jnp.float32),
-            pltpu.VMEM((group, bm, kr), x.dtype),
+            pltpu.VMEM((bm, group * kr), x.dtype),
             pltpu.SemaphoreType.DMA((k + group,)),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.vmem
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * m * ((3 if with_x else 2) * right.size + 2 * left.size),
-            bytes_accessed=(x.size * (l // group + with_x) + dy.size + 2 * cores * (right.size + left.size)) * size,
+            flops=2 * m * ((2 if with_x else 1) * right.size + 2 * left.size + (right.size if z is None else 0)),
+            bytes_accessed=size
+            * (
+                x.size * (l // group + with_x)
+                + dy.size
+                + (0 if z is None else z.size)
+                + 2 * cores * (right.size + left.size)
+            ),
             transcendentals=0,
         ),
         name="monarch_backward" if with_x else "monarch_backward_weights",
         interpret=interpret,
-    )(x, dy, right, left)
+    )(x, dy, *([] if z is None else [z]), right, left)
     *dx, dright, dleft = found
     total = lambda sums: (sums[0] if cores == 1 else jnp.sum(sums, axis=0)).astype(x.dtype)
     return (dx[0] if with_x else None), total(dright), total(dleft)
@@ -260,8 +292,8 @@ def _chunk(total: int, unit: int) -> int:
     return max([d for d in range(unit, CHUNK + 1, unit) if total % d == 0] or [unit])
 
 
-def _lanes(i: jax.Array | int, width: int) -> pl.Slice:
-    return pl.ds(pl.multiple_of(i * width, LANES), width)
+def _lanes(i: jax.Array | int, width: int, start: int = 0) -> pl.Slice:
+    return pl.ds(pl.multiple_of(start + i * width, LANES), width)
 
 
 def _loop(count: int, stretch: int, step: Callable[[jax.Array | int], Any]) -> None:
