@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from experiments import bench_torch
 from experiments.bench_gpu_table import DIRECTIONS, OURS, rates, report
-from experiments.bench_loop import errors, looped, noted, seconds
+from experiments.bench_loop import comparison, looped, noted, operands, seconds, worst
 from experiments.products import OPS, Product, Sizes
 from pallas_kernels.chips import CHIPS, Chip, current_chip
 from structmat.training.record import Record
@@ -73,8 +73,7 @@ def measure(product: Product, chip: Chip, suite: Suite, seen: dict[Any, float]) 
 
     `seen` keeps the seconds of dense, which many products share, by n, tokens and direction.
     """
-    choice, (x, weights) = product.choice(chip), product.arrays()
-    g, _ = product.arrays(seed=1)
+    choice, (x, g, weights) = product.choice(chip), operands(product)
     exact = OPS[product.op].dense(product.n, *(w if w.dtype == jnp.int32 else w.astype(jnp.float32) for w in weights))
     dense = exact.astype(x.dtype)
     rows = {d: {"direction": d, "seconds": {}, "error": {}, "notes": {}} for d in DIRECTIONS}
@@ -91,8 +90,17 @@ def measure(product: Product, chip: Chip, suite: Suite, seen: dict[Any, float]) 
             with noted(rows[direction], name):
                 pair = function, lambda *held: held
                 lowered[direction, name] = [jax.jit(looped(f, repeats[direction])).lower(*held) for f in pair]
+    for name in OURS:
+        with noted(rows["forward"], name):
+            lowered["error", name] = [jax.jit(comparison(product, name)).lower(x, g, *weights)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiling = {key: [pool.submit(p.compile) for p in pair] for key, pair in lowered.items()}
+    for name in OURS:
+        if ("error", name) in compiling:
+            with noted(rows["forward"], name):
+                [program] = compiling.pop(("error", name))
+                for direction, error in worst(program.result()(x, g, *weights)).items():
+                    rows[direction]["error"][name] = error
     for (direction, name), pair in compiling.items():
         with noted(rows[direction], name):
             calls = [functools.partial(program.result(), *arguments[direction, name]) for program in pair]
@@ -106,11 +114,6 @@ def measure(product: Product, chip: Chip, suite: Suite, seen: dict[Any, float]) 
     for direction, row in rows.items():
         if (known := seen.get((product.n, product.tokens, direction))) is not None:
             row["seconds"]["dense"] = known
-    for name in OURS:
-        if all(name in row["seconds"] for row in rows.values()):
-            with noted(rows["forward"], name):
-                for direction, error in errors(product, name).items():
-                    rows[direction]["error"][name] = error
     _torch(product, rows, [exact, x, g, *weights], repeats, suite.samples)
     for direction, row in rows.items():
         row |= {
@@ -175,7 +178,8 @@ def run(out: Path, minutes: float, only: str, fresh: bool, suite: Suite) -> None
         row: dict[str, Any] = {"n": small.n, "tokens": small.tokens, "error": {}, "notes": {}}
         for name in OURS:
             with noted(row, name):
-                row["error"][name] = errors(small, name)
+                x, g, weights = operands(small)
+                row["error"][name] = worst(jax.jit(comparison(small, name))(x, g, *weights))
         held["numerics"][case] = row
         print(f"numbers of {case}: {row['error']} {row['notes'] or ''}", flush=True)
         write()

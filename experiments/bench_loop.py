@@ -51,26 +51,47 @@ def seconds(compiled: Callable[..., Any], empty: Callable[..., Any], repeats: in
     return (timed(compiled) - timed(empty)) / repeats
 
 
-def errors(product: Product, implementation: str) -> dict[str, float]:
-    """Largest error over the largest entry, of y (`forward`) and of the worst gradient too (`both`), against f32."""
-    x, weights = product.arrays()
-    (g, _), op = product.arrays(seed=1), OPS[product.op]
-    floats = [i for i in range(len(weights)) if i not in op.indices]
-    filled = lambda held: [held[floats.index(i)] if i in floats else w for i, w in enumerate(weights)]
+def operands(product: Product, seed: int = 0) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """x, the cotangent of y and the weights, drawn where they are used: on the host the largest take seconds."""
+    op, key = OPS[product.op], jax.random.key(seed)
+    shapes = product.weights()
+    deep = op.weight(product.n, product.sizes) / product.n / (len(shapes) - len(op.indices))
 
-    def reference(x: jax.Array, *held: jax.Array) -> jax.Array:
-        return jnp.dot(x, op.dense(product.n, *filled(held)), precision="highest")
-
-    apply = lambda x, *held: op.apply(x, *filled(held), implementation=implementation)
+    def draw(at: int, w: jax.ShapeDtypeStruct) -> jax.Array:
+        if at not in op.indices:
+            return (jax.random.normal(jax.random.fold_in(key, at), w.shape) * deep**-0.5).astype(w.dtype)
+        order = jax.random.uniform(jax.random.fold_in(key, at), (w.shape[0], product.n // int(product.sizes["block"])))
+        return jnp.sort(jnp.argsort(order)[:, : w.shape[1]]).astype(w.dtype)
 
     @jax.jit
-    def compared(x: jax.Array, g: jax.Array, *held: jax.Array) -> Any:
-        wide = [a.astype(jnp.float32) for a in (x, *held)]
-        (y, pull), (want, pull_want) = jax.vjp(apply, x, *held), jax.vjp(reference, *wide)
+    def drawn() -> Any:
+        panel = lambda at: jax.random.normal(jax.random.fold_in(key, at), (product.tokens, product.n), jnp.bfloat16)
+        return panel(100), panel(101), [draw(at, w) for at, w in enumerate(shapes)]
+
+    return drawn()
+
+
+def comparison(product: Product, implementation: str) -> Callable[..., list[jax.Array]]:
+    """(x, g, *weights) -> the largest error over the largest entry of y and of each gradient, against f32."""
+    op = OPS[product.op]
+
+    def compared(x: jax.Array, g: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+        floats = [i for i in range(len(weights)) if i not in op.indices]
+        filled = lambda held: [held[floats.index(i)] if i in floats else w for i, w in enumerate(weights)]
+        apply = lambda x, *held: op.apply(x, *filled(held), implementation=implementation)
+        exact = lambda x, *held: jnp.dot(x, op.dense(product.n, *filled(held)), precision="highest")
+        given = [x, *(weights[i] for i in floats)]
+        y, pull = jax.vjp(apply, *given)
+        want, pull_want = jax.vjp(exact, *(a.astype(jnp.float32) for a in given))
         pairs = [(y, want), *zip(pull(g), pull_want(g.astype(jnp.float32)))]
         return [jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)) for a, b in pairs]
 
-    y, *slopes = map(float, compared(x, g, *(weights[i] for i in floats)))
+    return compared
+
+
+def worst(found: list[jax.Array]) -> dict[str, float]:
+    """Of a comparison: the error of y (`forward`), and that of the worst of y and the gradients (`both`)."""
+    y, *slopes = map(float, found)
     return {"forward": y, "both": max(y, *slopes)}
 
 

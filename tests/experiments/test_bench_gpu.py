@@ -11,7 +11,7 @@ from rich import box
 
 from experiments import bench_gpu, bench_torch
 from experiments.bench_gpu_table import DIRECTIONS, rates, table
-from experiments.bench_loop import errors, looped
+from experiments.bench_loop import comparison, looped, operands, worst
 from experiments.products import Product
 
 TINY = bench_gpu.Suite(
@@ -75,9 +75,13 @@ def test_a_loop_does_its_product_every_turn():
 
 
 def test_errors_are_those_of_the_worst_entry():
-    product = Product("low_rank", 8, 64, {"rank": 4})
-    found = errors(product, "xla")
+    product = Product("block_sparse", 8, 64, {"block": 16, "density": 0.5})
+    x, g, weights = operands(product)
+    found = worst(jax.jit(comparison(product, "xla"))(x, g, *weights))
     assert 0 < found["forward"] <= found["both"] < 2e-2
+    assert x.shape == g.shape == (8, 64) and x.dtype == jnp.bfloat16 and not np.array_equal(x, g)
+    assert [(w.shape, w.dtype) for w in weights] == [(w.shape, w.dtype) for w in product.weights()]
+    assert all(len(set(column)) == 2 and max(column) < 4 for column in weights[1].tolist())
 
 
 def test_rates():
