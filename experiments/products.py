@@ -12,6 +12,7 @@ import numpy as np
 
 import pallas_kernels.block_diagonal
 import pallas_kernels.block_sparse
+import pallas_kernels.kronecker
 import pallas_kernels.low_rank
 import pallas_kernels.low_rank_plus_block_sparse
 import pallas_kernels.monarch
@@ -21,6 +22,8 @@ from pallas_kernels.block_diagonal.reference import dense_matrix as dense_block_
 from pallas_kernels.block_sparse import block_sparse
 from pallas_kernels.block_sparse.reference import dense_matrix as dense_block_sparse
 from pallas_kernels.dispatch import Choice
+from pallas_kernels.kronecker import kronecker
+from pallas_kernels.kronecker.reference import dense_matrix as dense_kronecker
 from pallas_kernels.low_rank import low_rank
 from pallas_kernels.low_rank.reference import dense_matrix as dense_low_rank
 from pallas_kernels.low_rank_plus_block_sparse import low_rank_plus_block_sparse
@@ -77,6 +80,12 @@ def _blocks(n: int, o: Sizes) -> tuple[int, int, int]:
     return b, n // b, n // b
 
 
+def _factors(n: int, o: Sizes) -> tuple[int, int, int, int, int]:
+    """(terms, n1, n2, m1, m2) of a square sum of Kronecker products."""
+    major = int(o["major"])
+    return int(o["terms"]), major, n // major, major, n // major
+
+
 OPS: dict[str, Op] = {
     "block_diagonal": Op(
         shapes=lambda n, o: [_blocks(n, o)],
@@ -102,6 +111,13 @@ OPS: dict[str, Op] = {
             m, n, int(o["rank"]), _columns(n, o), jnp.bfloat16, chip
         ),
         indices=(3,),
+    ),
+    "kronecker": Op(
+        shapes=lambda n, o: [(int(o["terms"]), s, s) for s in _factors(n, o)[1:3]],
+        apply=kronecker,
+        dense=lambda n, a, b: dense_kronecker(a, b),
+        weight=lambda n, o: int(o["terms"]) * n * sum(_factors(n, o)[1:3]),
+        choose=lambda m, n, o, chip: pallas_kernels.kronecker.choose(m, _factors(n, o), jnp.bfloat16, chip),
     ),
     "monarch": Op(
         shapes=lambda n, o: [

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kronecker import kronecker
+from pallas_kernels.kronecker.xla import a_first
 from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.errors import StructureError
@@ -16,7 +18,6 @@ from structmat.structures.factors import divisors, need_factors
 from structmat.structures.leaf import Axes, Leaves, Params, Shape, first_axis
 from structmat.structures.linalg import balanced_split
 from structmat.structures.recipe import Structure
-from structmat.structures.tensor import train_matmul
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -41,6 +42,7 @@ class Kronecker(Structure):
         sharding="A over n and m, B whole",
         paper="Van Loan and Pitsianis 1993; Edalati et al. 2022",
         when="extreme compression; shares parameters",
+        kernel="kronecker",
     )
 
     def check(self) -> None:
@@ -98,7 +100,7 @@ class BoundKronecker(Bound):
     def a_first(self) -> bool:
         """Whether applying A before B is the cheaper order."""
         _, n1, n2, m1, m2 = self.sizes
-        return n2 * m1 * (n1 + m2) <= n1 * m2 * (n2 + m1)
+        return a_first(n1, n2, m1, m2)
 
     @property
     def last(self) -> str:
@@ -115,13 +117,11 @@ class BoundKronecker(Bound):
         }
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
-        _, n1, n2, m1, m2 = self.sizes
-        a, b = params["a"], params["b"]
-        if self.a_first:
-            y = _two_stage(a, b, x.reshape(-1, n1, n2))
-        else:
-            y = _two_stage(b, a, x.reshape(-1, n1, n2).swapaxes(1, 2)).reshape(-1, m2, m1).swapaxes(1, 2)
-        return y.reshape(*x.shape[:-1], self.d_out)
+        return kronecker(x, params["a"], params["b"])
+
+    def rmatmul(self, params: Params, y: jax.Array) -> jax.Array:
+        """By the transposed factors, which kernels take as well as the others."""
+        return kronecker(y, params["a"].mT, params["b"].mT)
 
     def materialize(self, params: Params) -> jax.Array:
         return jnp.einsum("tia,tjb->ijab", params["a"], params["b"]).reshape(self.d_in, self.d_out)
@@ -155,19 +155,3 @@ class BoundKronecker(Bound):
 
     def _materialize_flops(self) -> int:
         return 2 * self.structure.terms * self.d_in * self.d_out
-
-
-def _two_stage(first: jax.Array, second: jax.Array, x: jax.Array) -> jax.Array:
-    """first (t, i, p), second (t, j, q), x (rows, i, j) -> (rows, p * q).
-
-    One term makes both stages plain GEMMs around one transpose each of x and y; more terms fold into the contraction
-    of the second stage.
-    """
-    terms, i, p = first.shape
-    rows, _, j = x.shape
-    if terms > 1:
-        cores = first.transpose(1, 2, 0)[None], second[..., None]
-        return train_matmul(cores, x.reshape(rows, i * j))
-    z = first[0].T @ x.swapaxes(0, 1).reshape(i, rows * j)
-    y = z.reshape(p * rows, j) @ second[0]
-    return y.reshape(p, rows, -1).swapaxes(0, 1).reshape(rows, -1)
