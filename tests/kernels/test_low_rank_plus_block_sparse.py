@@ -99,8 +99,9 @@ GRID = (32, 4, 128, 128)
     [
         ("v5e", 128, GRID, "rank 128, density 0.125, blocks 128 x 128, bound 8.52x", "pallas"),
         ("v6e", 64, (16, 2, 256, 256), "rank 64, density 0.125, blocks 256 x 256", "pallas"),
-        ("v5e", 1024, GRID, "rank 1024 is more than 512", "xla"),
+        ("v5e", 512, GRID, "rank above 256, where one pass no longer pays: rank 512", "xla"),
         ("v5e", 128, (64, 8, 64, 64), "64 x 64 are not multiples of 128", "xla"),
+        ("v5e", 1, GRID, "rank 1; Mosaic multiplies", "xla"),
         ("cpu", 128, GRID, "cpu runs both terms one after the other", "xla"),
         ("h100", 128, GRID, "h100 runs both terms one after the other", "xla"),
     ],
@@ -115,6 +116,10 @@ def test_factors_take_room_from_the_panels():
     choice = lambda rank: choose(2048, 4096, rank, GRID, jnp.bfloat16, CHIPS["v4"])
     assert choice(8).implementation == "pallas"
     assert choice(512).implementation == "xla" and "rank 512 do not fit" in choice(512).unsupported
+
+
+def test_a_rank_too_large_to_pay_still_runs_when_asked_for():
+    assert not choose(2048, 4096, 512, GRID, jnp.bfloat16, V5E).unsupported
 
 
 @pytest.mark.parametrize(
