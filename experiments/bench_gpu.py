@@ -49,6 +49,8 @@ class Suite:
         ("low_rank", {"rank": 64}),
         ("low_rank", {"rank": 256}),
         ("block_diagonal", {"blocks": 16}),
+        ("kronecker", {"terms": 1, "major": 32}),
+        ("low_rank_plus_block_sparse", {"rank": 128, "block": 128, "density": 0.125}),
     )
     repeats: tuple[int, int] = (50, 1000)
     samples: int = 5

@@ -26,6 +26,8 @@ def apply(op: str) -> Callable[..., Any] | None:
         "monarch": _monarch,
         "low_rank": lambda x, a, b: (x @ a.t()) @ b,
         "block_diagonal": lambda x, w: _joined(_blocks(x, w.shape[0]) @ w),
+        "kronecker": _kronecker,
+        "low_rank_plus_block_sparse": lambda x, a, b, values, rows: (x @ a.t()) @ b + _block_sparse(x, values, rows),
     }.get(op)
 
 
@@ -142,3 +144,9 @@ def _monarch(x: Any, right: Any, left: Any) -> Any:
     z = _blocks(x, k) @ right.reshape(k, p, l * r)
     z = z.view(k, -1, l, r).permute(2, 1, 0, 3).reshape(l, -1, k * r)
     return _joined(z @ left.reshape(l, k * r, s))
+
+
+def _kronecker(x: Any, a: Any, b: Any) -> Any:
+    (_, n1, m1), (_, n2, m2) = a.shape, b.shape
+    grid = x.view(-1, n1, n2)
+    return sum((u.t() @ (grid @ v)).reshape(-1, m1 * m2) for u, v in zip(a, b))

@@ -12,7 +12,7 @@ from rich import box
 from experiments import bench_gpu, bench_torch
 from experiments.bench_gpu_table import DIRECTIONS, rates, table
 from experiments.bench_loop import comparison, looped, operands, worst
-from experiments.products import Product
+from experiments.products import OPS, Product
 
 TINY = bench_gpu.Suite(
     widths=(64,),
@@ -106,3 +106,14 @@ def test_an_unknown_case_is_named(tmp_path, monkeypatch):
         SystemExit, match=r"--only='monarh' is in none of: block_sparse block=128,density=0\.25, monarch"
     ):
         bench_gpu.main(str(tmp_path / "none.json"), 1.0, "monarh", False)
+
+
+def test_every_product_of_the_suite_can_be_built_and_every_operation_is_in_it():
+    from pallas_kernels import CHIPS
+
+    made = list(bench_gpu.products(bench_gpu.Suite()))
+    assert {p.op for _, p in made} == set(OPS) and len({(case, p.n, p.tokens) for case, p in made}) == len(made)
+    for _, product in made:
+        choice = product.choice(CHIPS["h100"])
+        assert choice.implementation == "xla" and choice.flop_reduction > 1 and product.weights()
+    assert str(made[0][1]) == "block_sparse n 4096, 4096 tokens, block 128, density 0.25"

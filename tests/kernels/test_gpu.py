@@ -74,11 +74,18 @@ def test_lowers_for_cuda_forward_and_backward(on_h100, op, x, weights, kernels):
     assert text(step, *shapes(x, y, *weights)).count(CUSTOM_CALL) == kernels
 
 
-def test_under_vmap_the_kernel_runs_in_a_loop():
-    x, a, b = shapes((3, 64, 128), (64, 128), (3, 64, 128))
-    y = jax.vmap(lambda x, a, b: low_rank_gpu.product(x, a, b, H100), (0, None, 0))
-    module = text(jax.grad(lambda x, a, b: y(x, a, b).sum().astype(jnp.float32)), x, a, b)
-    assert CUSTOM_CALL in module and "stablehlo.while" in module
+def test_under_vmap_remat_scan_and_shard_map():
+    """vmap runs the kernel in a loop; under shard_map as structures call it."""
+    kernel = lambda x, a, b: low_rank_gpu.product(x, a, b, H100)
+    turn = jax.checkpoint(lambda c, ab: (c, jax.vmap(kernel, (0, None, 0))(c, *ab)))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    placed = functools.partial(jax.shard_map, mesh=mesh, in_specs=(split, whole), out_specs=whole, check_vma=False)
+    stacked = placed(lambda x, ab: jax.lax.scan(turn, x, ab)[1])
+    loss = lambda x, ab: stacked(x, ab).astype(jnp.float32).sum()
+    x, a, b = shapes((3, 64, 128), (2, 64, 128), (2, 3, 64, 128))
+    module = text(jax.value_and_grad(loss, (0, 1)), x, (a, b))
+    assert module.count(CUSTOM_CALL) == 2 and module.count("stablehlo.while") == 4
 
 
 def interpreter(op):
