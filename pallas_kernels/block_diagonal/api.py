@@ -51,7 +51,8 @@ def choose(m: int, sizes: tuple[int, int, int], dtype: Any, chip: Chip) -> Choic
     after, one more pass over them. The compiler's cycles at n 4096, 2048 tokens, the larger of them and the memory floor
     (per gradient three passes), kernel against XLA without its floor: 4 blocks 143 k against 174 k (v5e), 45 k against
     71 k (v6e); their gradients 285 k against 346 k, 82 k against 121 k; 16 blocks 65 k and 98 k against 99 k and 145 k
-    (v5e). The transposes shrink beside the GEMMs as blocks grow.
+    (v5e). The transposes shrink beside the GEMMs as blocks grow. Blocks joined to fill lanes may take half as much
+    arithmetic again as memory allows, which is about what the transposes cost.
 
     Args:
       m: rows of x. sizes: (k, p, s).
@@ -64,6 +65,9 @@ def choose(m: int, sizes: tuple[int, int, int], dtype: Any, chip: Chip) -> Choic
         return Choice("xla", f"no kernel: {refused}; {said}", refused, **facts)
     if k == 1:
         return Choice("xla", f"one block is a dense matrix; {said}", **facts)
+    join = together(*sizes)
+    if join > 1 and join * p * s / (p + s) > 1.5 * chip.ridge:
+        return Choice("xla", f"{join} blocks joined, zeros included, are bound by arithmetic; {said}", **facts)
     return Choice("pallas", said, **facts)
 
 

@@ -100,6 +100,8 @@ def test_under_jit_remat_scan_and_vmap():
         ("v5e", (3, 64, 128), "3 blocks of 64 x 128 do not join, 8 at most, into multiples of 128 lanes", "xla"),
         ("v5e", (2, 2048, 2048), "blocks of 2048 x 2048 are wider than 1024", "xla"),
         ("v5e", (128, 3, 3), "128 blocks of 3 x 3 do not join", "xla"),
+        ("v5e", (2, 512, 192), "2 blocks of 512 x 192", "pallas"),
+        ("v5e", (4, 448, 448), "2 blocks joined, zeros included, are bound by arithmetic", "xla"),
         ("v5e", (1, 1024, 1024), "one block is a dense matrix", "xla"),
         ("v4", (4, 1024, 1024), "backward: a block of 1024 x 1024 does not fit", "xla"),
         ("cpu", (16, 256, 256), "cpu runs the XLA path", "xla"),
