@@ -2,13 +2,22 @@
 
 Every operation has `choose(shapes..., chip) -> Choice`, its documented rule, and calls `resolve` with what its user asked
 for. `None` follows the rule, "xla" is the reference in jax.numpy, "pallas" is the kernel or an error that says why not.
+
+Kernels see the shapes of one device. Where an ambient mesh leaves the partitioning to the compiler, which cannot split
+them, `None` is "xla"; `jax.shard_map` makes the axes manual, and the rule applies to the parts.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from typing import Literal
+
+import jax
+from jax.sharding import AxisType
 
 from pallas_kernels.chips import Chip
 
@@ -39,18 +48,58 @@ class Choice:
     bound: float = float("inf")
 
 
+_ONLY_XLA: contextvars.ContextVar[bool] = contextvars.ContextVar("only_xla", default=False)
+_ASKED: contextvars.ContextVar[list[tuple[str, Choice]] | None] = contextvars.ContextVar("asked", default=None)
+
+
+@contextlib.contextmanager
+def only_xla() -> Iterator[None]:
+    """Within, None is "xla": for code that transposes or linearises a product, which the kernels' derivative rules refuse."""
+    token = _ONLY_XLA.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_XLA.reset(token)
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[list[tuple[str, Choice]]]:
+    """Within, every product traced adds (operation, what its rule says of these shapes) to the list, and runs as "xla"."""
+    asked: list[tuple[str, Choice]] = []
+    token = _ASKED.set(asked)
+    try:
+        yield asked
+    finally:
+        _ASKED.reset(token)
+
+
+def partitioned() -> tuple[str, ...]:
+    """Axes of the ambient mesh, wider than one device, over which the compiler partitions what is traced now."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    return tuple(
+        n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual and mesh.shape[n] > 1
+    )
+
+
 def resolve(op: str, asked: str | None, choice: Choice, chip: Chip) -> Implementation:
     """The implementation to run.
 
     Raises:
       KernelError: an unknown name, or "pallas" where the kernel does not apply.
     """
+    if (questions := _ASKED.get()) is not None:
+        questions.append((op, choice))
+        return "xla"
     if asked is None:
-        return choice.implementation
+        return "xla" if _ONLY_XLA.get() or partitioned() else choice.implementation
     if asked not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(str(asked), IMPLEMENTATIONS, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise KernelError(f"{op}: implementation must be None, 'xla' or 'pallas', got {asked!r}{hint}")
+    if asked == "pallas" and (axes := partitioned()):
+        raise KernelError(f"{op}: kernels run on the parts of one device: call it inside jax.shard_map over {axes}")
     if asked == "pallas" and choice.unsupported:
         raise KernelError(f"{op}: no kernel on {chip.name}: {choice.unsupported}; implementation=None would use xla")
     return asked

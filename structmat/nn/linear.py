@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from structmat.nn.leaves import cast, compute_dtype, declare, embed_scale
 from structmat.nn.path import choose_path
+from structmat.nn.sharded import on_shards
 from structmat.nn.sites import KINDS, Kind, record
 from structmat.structures import Bound, Structure, StructureError, parse
 from structmat.structures.leaf import Axes
@@ -69,7 +70,7 @@ class StructuredDenseGeneral(nn.Module):
         dtype = compute_dtype(self.dtype, x, params)
         batch = x.shape[: axes[0]]
         x = x.reshape(*batch, bound.d_in).astype(dtype)
-        y = product(bound, cast(params, dtype), x, self.path)
+        y = product(bound, cast(params, dtype), x, self.path, self.in_axes, self.out_axes)
         if self.has_variable(PROBE, "weight"):
             y = y + x @ self.get_variable(PROBE, "weight").astype(dtype)
         y = y.reshape(*batch, *features)
@@ -101,12 +102,15 @@ class StructuredDense(StructuredDenseGeneral):
     """
 
 
-def product(bound: Bound, params: Any, x: jax.Array, path: str = "auto") -> jax.Array:
-    """x `(..., d_in)` -> `(..., d_out)` by the path named, or the one `choose_path` names."""
+def product(
+    bound: Bound, params: Any, x: jax.Array, path: str = "auto", in_axes: Axes = None, out_axes: Axes = None
+) -> jax.Array:
+    """x `(..., d_in)` -> `(..., d_out)` by the path named, or the one `choose_path` names; by kernels under a mesh too."""
     if path == "auto":
         path, _ = choose_path(bound, math.prod(x.shape[:-1]))
     if path == "factored":
-        return bound.matmul(params, x)
+        y = on_shards(bound, params, x, in_axes, out_axes)
+        return bound.matmul(params, x) if y is None else y
     w = bound.materialize(params)
     return x @ (w if bound.is_complex else w.astype(x.dtype))  # a transform without leaves has no dtype of its own
 

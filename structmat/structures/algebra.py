@@ -72,6 +72,11 @@ class BoundSum(Bound):
         return min((t.grams for t in self.terms), key=_LEVELS.index)
 
     @property
+    def splits(self) -> tuple[str, ...]:
+        """The sides every term takes in parts."""
+        return tuple(side for side in ("in", "out") if all(side in t.splits for t in self.terms))
+
+    @property
     def is_complex(self) -> bool:
         return any(t.is_complex for t in self.terms)
 

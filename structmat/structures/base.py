@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import only_xla
 from structmat.structures.errors import StructureError, suggest
 from structmat.structures.leaf import Axes, Cost, Leaf, Leaves, Params, Shape, count_params, flatten_leaves
 from structmat.structures.recipe import Structure
@@ -37,6 +38,10 @@ class Bound:
     """Whether `project` returns the proven optimum."""
     grams: ClassVar[Literal["none", "diagonal", "full"]] = "none"
     """The grams with which `project` has a closed form."""
+
+    splits: ClassVar[tuple[Literal["in", "out", "paired"], ...]] = ()
+    """Sides on which `matmul` also takes the parts one device holds of the leaves: `out` gives those columns of y, `in` a
+    summand of y from those columns of x, `paired` the columns of y that the columns of x reach."""
 
     @property
     def d_in(self) -> int:
@@ -156,7 +161,8 @@ class Bound:
         if self.is_complex:
             y = y.astype(jnp.result_type(y.dtype, jnp.complex64))
         shape = jax.ShapeDtypeStruct((*y.shape[:-1], self.d_in), y.dtype)
-        return jax.linear_transpose(lambda x: self.matmul(params, x).astype(y.dtype), shape)(y)[0]
+        with only_xla():
+            return jax.linear_transpose(lambda x: self.matmul(params, x).astype(y.dtype), shape)(y)[0]
 
     def transpose(self) -> Bound:
         """The Bound of the transposed matrix over the same parameters."""

@@ -59,6 +59,7 @@ class BoundBlockDiagonal(Bound):
     """Block diagonal with sizes. Leaf `blocks` (b, d_in/b, d_out/b)."""
 
     grams: ClassVar[str] = "diagonal"
+    splits: ClassVar[tuple[str, ...]] = ("paired",)
     last: ClassVar[str] = "blocks"
 
     @property

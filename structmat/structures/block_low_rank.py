@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from pallas_kernels.monarch import monarch
 from structmat.structures.about import About
 from structmat.structures.base import Bound
 from structmat.structures.factors import divisors
@@ -80,6 +80,11 @@ class BoundBlockLowRank(Bound):
 
     last: ClassVar[str] = "L"
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Output blocks are runs of columns in `blocked` order only."""
+        return ("in", "out") if self.order == "blocked" else ("in",)
+
     def __repr__(self) -> str:
         k, p, l, s, r = self.sizes
         return f"{super().__repr__()}, {k} x {l} slices of {p} x {s}, rank {r}"
@@ -99,13 +104,12 @@ class BoundBlockLowRank(Bound):
         }
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
-        k, p, l, s, r = self.sizes
-        blocks = x.reshape(-1, k, p)
-        z = lax.dot_general(blocks, params["R"].reshape(k, p, l * r), (((2,), (1,)), ((1,), (0,))))
-        z = z.reshape(k, -1, l, r).transpose(2, 1, 0, 3).reshape(l, -1, k * r)
-        y = lax.dot_general(z, params["L"].reshape(l, k * r, s), (((2,), (1,)), ((0,), (0,))))
-        y = y.transpose((1, 0, 2) if self.order == "blocked" else (1, 2, 0))
-        return y.reshape(*x.shape[:-1], self.d_out)
+        right, left = params["R"], params["L"]
+        y = monarch(x, right, left)
+        if self.order == "blocked":
+            return y
+        l, s = left.shape[0], left.shape[3]
+        return y.reshape(*x.shape[:-1], l, s).swapaxes(-1, -2).reshape(y.shape)
 
     def materialize(self, params: Params) -> jax.Array:
         out = "ls" if self.order == "blocked" else "sl"

@@ -112,6 +112,7 @@ class BoundBlockSparse(Bound):
     """
 
     grams: ClassVar[str] = "diagonal"
+    splits: ClassVar[tuple[str, ...]] = ("out",)
     last: ClassVar[str] = "values"
 
     @property
@@ -155,12 +156,6 @@ class BoundBlockSparse(Bound):
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
         return block_sparse(x, params["values"], params["rows"])
-
-    def rmatmul(self, params: Params, y: jax.Array) -> jax.Array:
-        """Without the kernel on any chip: its derivative rule cannot be transposed."""
-        product = lambda x: block_sparse(x, params["values"], params["rows"], implementation="xla").astype(y.dtype)
-        shape = jax.ShapeDtypeStruct((*y.shape[:-1], self.d_in), y.dtype)
-        return jax.linear_transpose(product, shape)(y)[0]
 
     def materialize(self, params: Params) -> jax.Array:
         rows, columns, p, s = self.grid

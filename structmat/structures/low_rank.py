@@ -61,6 +61,7 @@ class BoundLowRank(Bound):
     """Low rank with sizes. Leaves `a` (r, d_in), `b` (r, d_out), the layout narrow factors want on TPU."""
 
     grams: ClassVar[str] = "full"
+    splits: ClassVar[tuple[str, ...]] = ("in", "out")
     last: ClassVar[str] = "b"
 
     def _leaves(self, in_axes: Axes, out_axes: Axes) -> Leaves:
