@@ -1,0 +1,183 @@
+"""The TPU compiler's estimates of every kernel beside dense and XLA: `python -m experiments.tpu_static`.
+
+A fixed list of products on four chips, forward and with all gradients; no TPU needed, and nothing is measured. Rows are
+kept in `--out` as they finish; run again it goes on where it stopped, `--fresh` starts over. The rule's choices are
+looked up again at every start, so that they are today's.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import app
+
+from experiments.own_flags import OwnFlags
+from experiments.products import OPS, Product
+from experiments.static_cycles import CLOCKS, DIRECTIONS, IMPLEMENTATIONS, TOPOLOGIES, Estimate, estimate
+from experiments.tpu_static_table import LABEL, judged, name_of, report
+from pallas_kernels import CHIPS
+from structmat.training import environment
+from structmat.training.record import Record
+
+TOKENS = 1024
+FEWER = 256
+"""Tokens of the second try, scaled, where the profiler fails: its time grows with the number of tiles."""
+
+CASES: list[tuple[str, dict[str, float], tuple[int, ...]]] = [
+    *[
+        ("block_sparse", {"block": block, "density": density}, (4096,))
+        for block in (128, 256)
+        for density in (0.5, 0.25, 0.125, 0.0625)
+    ],
+    ("block_sparse", {"block": 128, "density": 0.25}, (1024, 8192)),
+    ("monarch", {"blocks": 4}, (1024, 4096)),
+    ("monarch", {"blocks": 8}, (4096, 8192)),
+    ("monarch", {"blocks": 16}, (4096,)),
+    ("block_diagonal", {"blocks": 16}, (4096, 8192)),
+    ("low_rank_plus_block_sparse", {"rank": 128, "block": 128, "density": 0.125}, (4096,)),
+    ("low_rank_plus_block_sparse", {"rank": 128, "block": 256, "density": 0.125}, (4096,)),
+    ("kronecker", {"major": 8, "terms": 1}, (1024, 4096)),
+    ("kronecker", {"major": 32, "terms": 1}, (4096, 8192)),
+    ("kronecker", {"major": 32, "terms": 2}, (4096,)),
+    ("low_rank", {"rank": 128}, (1024, 4096, 8192)),
+]
+"""(operation, sizes, widths)."""
+
+flags = OwnFlags()
+_OUT = flags.DEFINE_string("out", "results/bench/tpu_static.json", "Record JSON to write, with the .md beside it")
+_ONLY = flags.DEFINE_string("only", "", "only rows whose name, such as 'monarch blocks=8, n 4096, v5e, both', has this")
+_MINUTES = flags.DEFINE_float("minutes", 30.0, "stop after this time; run again to go on", lower_bound=0.0)
+_LIMIT = flags.DEFINE_float("limit", 100.0, "seconds one compile may take", lower_bound=1.0)
+_FRESH = flags.DEFINE_bool("fresh", False, "forget rows already estimated")
+
+
+def plan() -> list[dict[str, Any]]:
+    """What every row is of: op, sizes, case, n, tokens, chip, direction."""
+    return [
+        {"op": op, "sizes": sizes, "case": _case(op, sizes), "n": n, "tokens": TOKENS, "chip": chip, "direction": d}
+        for op, sizes, widths in CASES
+        for n in widths
+        for chip in TOPOLOGIES
+        for d in DIRECTIONS
+        if op in OPS
+    ]
+
+
+def _case(op: str, sizes: dict[str, float]) -> str:
+    return f"{op} " + ",".join(f"{k}={v:g}" for k, v in sizes.items())
+
+
+def with_rule(row: dict[str, Any]) -> dict[str, Any]:
+    """row with what the rule says of it, the memory floors in cycles, and the verdict on its cycles."""
+    product = Product(row["op"], row["tokens"], row["n"], row["sizes"])
+    chip, clock = CHIPS[row["chip"]], CLOCKS[row["chip"]]
+    choice = product.choice(chip)
+    panel, square = 2 * row["tokens"] * row["n"], 2 * row["n"] ** 2
+    dense = 2 * panel + square if row["direction"] == "forward" else 4 * panel + 2 * square
+    return judged(
+        row
+        | {
+            "rule": choice.implementation,
+            "reason": choice.reason,
+            "unsupported": choice.unsupported,
+            "flop_reduction": product.dense_flops / product.flops,
+            "bound": chip.bound(row["n"], row["n"]),
+            "floor": round(product.floor(chip.bandwidth, row["direction"]) * clock),
+            "dense_floor": round(dense / chip.bandwidth * clock),
+        }
+    )
+
+
+def estimated(row: dict[str, Any], dense: dict[str, Any] | None, limit: float) -> dict[str, Any]:
+    """row with the cycles of every implementation, the reason where there are none, and which are scaled.
+
+    Args:
+      dense: a finished row of the same width, tokens, chip and direction, whose dense cycles are these too.
+    """
+    product = Product(row["op"], row["tokens"], row["n"], row["sizes"])
+    refused = product.choice(CHIPS[row["chip"]]).unsupported
+    cycles, why, scaled = {}, {}, []
+    for name in IMPLEMENTATIONS:
+        if name == "dense" and dense:
+            cycles[name] = dense["cycles"][name]
+            why |= {name: dense["why"][name]} if name in dense["why"] else {}
+            scaled += [name] if name in dense["scaled"] else []
+            continue
+        if name == "pallas" and refused:
+            found = Estimate(None, refused)
+        else:
+            found = estimate(product, row["chip"], name, row["direction"], limit)
+        cycles[name] = found.cycles
+        if found.cycles is not None:
+            continue
+        why[name] = found.why
+        if not (name == "pallas" and refused):
+            fewer = Product(row["op"], FEWER, row["n"], row["sizes"])
+            again = estimate(fewer, row["chip"], name, row["direction"], limit)
+            if again.cycles is not None:
+                cycles[name] = again.cycles * row["tokens"] // FEWER
+                scaled.append(name)
+    return row | {"cycles": cycles, "why": why, "scaled": scaled, "commit": environment.versions().get("git", "")}
+
+
+def run(out: Path, minutes: float, only: str, fresh: bool, limit: float) -> list[dict[str, Any]]:
+    """Estimate what is missing, write the Record after every row; all rows so far."""
+    held = [] if fresh or not out.exists() else json.loads(out.read_text())["metrics"]["rows"]
+    planned = {name_of(r): r for r in plan()}
+    done = {name_of(r): with_rule(r) for r in held if name_of(r) in planned}
+    todo = [r for name, r in planned.items() if only in name and name not in done]
+    if not todo and not any(only in name for name in done):
+        raise app.UsageError(f"--only={only!r} is in no row; the first is {next(iter(planned))!r}")
+    start, same = time.monotonic(), ("n", "tokens", "chip", "direction")
+    for i, row in enumerate(todo):
+        if time.monotonic() - start > 60 * minutes:
+            print(f"stopped after {minutes:g} minutes with {len(todo) - i} rows to go; run again to go on")
+            break
+        dense = next((d for d in done.values() if all(d[k] == row[k] for k in same)), None)
+        found = with_rule(estimated(row, dense, limit))
+        done[name_of(row)] = found
+        cycles = ", ".join(f"{k} {v:,}" if v else f"{k} -" for k, v in found["cycles"].items())
+        print(f"[{i + 1}/{len(todo)}] {name_of(row)}: {cycles} ({LABEL}); rule {found['rule']}", flush=True)
+        _record(list(done.values()), time.monotonic() - start).write(out)
+    return list(done.values())
+
+
+def _record(rows: list[dict[str, Any]], seconds: float) -> Record:
+    return Record.create(
+        name="tpu_static",
+        kind="bench",
+        config={"label": LABEL, "libtpu": importlib.metadata.version("libtpu"), "clocks": CLOCKS, "tokens": TOKENS},
+        structures={},
+        seed=0,
+        data_hash="",
+        seconds=seconds,
+        metrics={"rows": rows},
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Estimate, then print and write the table."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
+    out = Path(_OUT.value)
+    rows = run(out, _MINUTES.value, _ONLY.value, _FRESH.value, _LIMIT.value)
+    if not rows:
+        print("no rows yet")
+        return
+    record = Record.read(out)
+    about = (
+        f"jax {record.versions['jax']}, libtpu {record.config['libtpu']}, {record.date}, `{record.command}`. Thousands of "
+        "cycles of one device by libtpu's static profile, bf16; `both` is y and the gradients of x and of every weight. "
+        f"Ratios compare max(cycles, memory floor). ~: scaled from {FEWER} tokens, where the profiler failed at {TOKENS}. "
+        "The bound is n / (2 ridge), docs/kernels.md."
+    )
+    report(rows, out, about)
+    print(f"written: {out}, {out.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    flags.run(main)

@@ -1,0 +1,102 @@
+"""The table of compiler's estimates: resumed, judged, and honest about what it could not estimate."""
+
+import json
+
+import pytest
+from absl import app
+from rich import box
+
+from experiments import tpu_static
+from experiments.static_cycles import Estimate, estimate
+from experiments.tpu_static_table import failures, judged, name_of, report, table, verdict
+from structmat.training.record import Record
+
+ONE = "kronecker major=8,terms=1, n 4096, v6e, forward"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Estimates asked for, as (operation, tokens, implementation); XLA's profile of many tokens fails."""
+    asked = []
+
+    def fake(product, chip, implementation, direction, limit):
+        asked.append((product.op, product.tokens, implementation))
+        if implementation == "xla" and product.tokens > tpu_static.FEWER:
+            return Estimate(None, "too long")
+        return Estimate({"dense": 90_000, "xla": 20_000, "pallas": 30_000}[implementation])
+
+    monkeypatch.setattr(tpu_static, "estimate", fake)
+    return asked
+
+
+def test_rows_are_kept_and_failures_scaled_from_fewer_tokens(calls, tmp_path):
+    out = tmp_path / "t.json"
+    (row,) = tpu_static.run(out, 1.0, ONE, False, 9.0)
+    assert calls == [("kronecker", n, i) for n, i in ((1024, "dense"), (1024, "xla"), (256, "xla"), (1024, "pallas"))]
+    assert row["cycles"] == {"dense": 90_000, "xla": 80_000, "pallas": 30_000} and row["scaled"] == ["xla"]
+    assert row["why"] == {"xla": "too long"} and row["rule"] == "pallas" and row["commit"]
+    calls.clear()
+    assert tpu_static.run(out, 1.0, ONE, False, 9.0) == [row] and not calls
+    assert tpu_static.run(out, 0.0, "kronecker", False, 9.0) == [row] and not calls
+    two = tpu_static.run(out, 1.0, "kronecker major=32,terms=1, n 4096, v6e, forward", False, 9.0)
+    assert len(two) == 2 and two[1]["cycles"]["dense"] == 90_000 and "dense" not in [i for _, _, i in calls]
+    assert len(tpu_static.run(out, 1.0, ONE, True, 9.0)) == 1
+    record = Record.read(out)
+    assert record.config["label"] == "compiler's estimate, not a measurement" and record.config["libtpu"]
+    report(record.metrics["rows"], out, "about")
+    page = out.with_suffix(".md").read_text()
+    assert "not a measurement" in page and "slower than XLA in 0 of 1 rows" in page and "~80.0" in page
+
+
+def test_a_refused_kernel_is_not_compiled(calls, tmp_path):
+    (row,) = tpu_static.run(tmp_path / "t.json", 1.0, "low_rank rank=128, n 1024, v5e, forward", False, 9.0)
+    assert {i for _, _, i in calls} == {"dense", "xla"} and row["cycles"]["pallas"] is None
+    assert row["rule"] == "xla" and row["why"]["pallas"] == row["unsupported"] != "" and row["over_xla"] == 1
+    assert failures([row]) == []
+
+
+@pytest.mark.parametrize(
+    ("cycles", "over_xla", "slower"),
+    [
+        ({"dense": 90, "xla": 50, "pallas": 25}, 2.0, False),
+        ({"dense": 90, "xla": 50, "pallas": 60}, 50 / 60, True),
+        ({"dense": 90, "xla": 5, "pallas": 10}, 1.0, False),  # both under the floor
+        ({"dense": 90, "xla": None, "pallas": 10}, None, False),
+    ],
+)
+def test_the_verdict_compares_no_less_than_the_floor(cycles, over_xla, slower):
+    base = {"case": "a", "n": 8, "chip": "v5e", "direction": "both", "rule": "pallas", "floor": 20, "dense_floor": 40}
+    row = judged(base | {"cycles": cycles})
+    assert row["over_xla"] == over_xla and row["slower"] == slower
+    said = verdict([row])
+    assert (f"in {int(slower)} of 1 rows" in said) and (name_of(row) in said) == (slower or over_xla is None)
+
+
+def test_a_faster_kernel_that_is_not_chosen_is_named():
+    base = {"case": "a", "n": 8, "chip": "v5e", "direction": "both", "rule": "xla", "floor": 20, "dense_floor": 40}
+    row = judged(base | {"cycles": {"dense": 90, "xla": 50, "pallas": 40}})
+    assert row["over_xla"] == 1 and row["missed"] and "faster in 1 rows; a, n 8, v5e, both." in verdict([row])
+    assert not judged(base | {"cycles": {"dense": 90, "xla": 50, "pallas": 60}})["missed"]
+
+
+def test_every_planned_row_has_a_rule_and_a_place_in_the_table():
+    cycles = {"cycles": {"dense": 9, "xla": 9, "pallas": None}, "why": {"pallas": "p"}, "scaled": []}
+    rows = [tpu_static.with_rule(r | cycles) for r in tpu_static.plan()]
+    assert len({name_of(r) for r in rows}) == len(rows) > 100
+    assert table(rows, box.MARKDOWN).row_count == len(rows)
+    assert all(("pallas" if not r["unsupported"] else "xla") == r["rule"] or r["rule"] == "xla" for r in rows)
+    assert all(r["flop_reduction"] > 1 and r["floor"] > 0 for r in rows)
+    (line,) = failures([r for r in rows if r["rule"] == "pallas"])
+    assert line.startswith("- pallas: p (")
+
+
+def test_a_row_that_does_not_exist(tmp_path):
+    with pytest.raises(app.UsageError, match="is in no row"):
+        tpu_static.run(tmp_path / "t.json", 1.0, "monark", False, 9.0)
+
+
+@pytest.mark.tpu_aot
+def test_the_compiler_estimates_a_planned_product():
+    product = tpu_static.Product("low_rank", 256, 1024, {"rank": 128})
+    dense, xla = (estimate(product, "v5e", name, "forward", 100) for name in ("dense", "xla"))
+    assert 0 < xla.cycles < dense.cycles and json.dumps(xla.parts)
