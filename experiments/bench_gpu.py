@@ -8,9 +8,7 @@ compiled product. A kernel that fails leaves its message in the row and the run 
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import functools
 import json
 import os
 import time
@@ -19,41 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from experiments import bench_torch
-from experiments.bench_gpu_table import DIRECTIONS, OURS, rates, report
-from experiments.bench_loop import comparison, looped, noted, operands, seconds, worst
+from experiments.bench_gpu_measure import Suite, healthy, measure, numbers
+from experiments.bench_gpu_table import DIRECTIONS, report
 from experiments.products import OPS, Product, Sizes
-from pallas_kernels.chips import CHIPS, Chip, current_chip
+from pallas_kernels.chips import CHIPS, current_chip
 from structmat.training.record import Record
 
-
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """What is measured, the most telling first; `cases` names operations that `experiments.products` has.
-
-    Attributes:
-      repeats: turns of a loop, at least and at most. samples: timed calls of it.
-    """
-
-    widths: tuple[int, ...] = (4096, 8192, 2048, 1024)
-    tokens: tuple[int, ...] = (4096, 16384, 512, 64)
-    cases: tuple[tuple[str, Sizes], ...] = (
-        ("block_sparse", {"block": 128, "density": 0.25}),
-        ("monarch", {"blocks": 8}),
-        ("low_rank", {"rank": 128}),
-        ("block_sparse", {"block": 128, "density": 0.125}),
-        ("monarch", {"blocks": 4}),
-        ("monarch", {"blocks": 16}),
-        ("low_rank", {"rank": 64}),
-        ("low_rank", {"rank": 256}),
-        ("block_diagonal", {"blocks": 16}),
-        ("kronecker", {"terms": 1, "major": 32}),
-        ("low_rank_plus_block_sparse", {"rank": 128, "block": 128, "density": 0.125}),
-    )
-    repeats: tuple[int, int] = (50, 1000)
-    samples: int = 5
+TOLERANCE = 0.05
+"""Error from which on a kernel is not timed; bfloat16 alone gives some thousandths."""
 
 
 def name_of(op: str, sizes: Sizes) -> str:
@@ -70,133 +42,84 @@ def products(suite: Suite) -> Iterator[tuple[str, Product]]:
                     yield name_of(op, sizes), Product(op, tokens, n, sizes)
 
 
-def measure(product: Product, chip: Chip, suite: Suite, seen: dict[Any, float]) -> list[dict[str, Any]]:
-    """The rows of both directions: seconds by implementation, errors, and in `notes` why a column is empty.
-
-    `seen` keeps the seconds of dense, which many products share, by n, tokens and direction.
-    """
-    choice, (x, g, weights) = product.choice(chip), operands(product)
-    exact = OPS[product.op].dense(product.n, *(w if w.dtype == jnp.int32 else w.astype(jnp.float32) for w in weights))
-    dense = exact.astype(x.dtype)
-    rows = {d: {"direction": d, "seconds": {}, "error": {}, "notes": {}} for d in DIRECTIONS}
-    lowered, arguments, repeats = {}, {}, {}
-    for direction, times in DIRECTIONS.items():
-        least = max(times * product.flops / chip.flops, product.floor(chip.bandwidth, direction)) if chip.flops else 1
-        repeats[direction] = int(min(max(0.02 / least, suite.repeats[0]), suite.repeats[1]))
-        for name in (*OURS, "dense"):
-            function, _ = product.program(name, direction)
-            if name == "dense" and (product.n, product.tokens, direction) in seen:
-                continue
-            held = [x, *([g] if direction == "both" else []), *([dense] if name == "dense" else weights)]
-            arguments[direction, name] = held
-            with noted(rows[direction], name):
-                pair = function, lambda *held: held
-                lowered[direction, name] = [jax.jit(looped(f, repeats[direction])).lower(*held) for f in pair]
-    for name in OURS:
-        with noted(rows["forward"], name):
-            lowered["error", name] = [jax.jit(comparison(product, name)).lower(x, g, *weights)]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiling = {key: [pool.submit(p.compile) for p in pair] for key, pair in lowered.items()}
-    for name in OURS:
-        if ("error", name) in compiling:
-            with noted(rows["forward"], name):
-                [program] = compiling.pop(("error", name))
-                for direction, error in worst(program.result()(x, g, *weights)).items():
-                    rows[direction]["error"][name] = error
-    for (direction, name), pair in compiling.items():
-        with noted(rows[direction], name):
-            calls = [functools.partial(program.result(), *arguments[direction, name]) for program in pair]
-            took = seconds(*calls, repeats[direction], suite.samples)
-            work = product.dense_flops if name == "dense" else product.flops
-            if chip.flops and took < 0.8 * DIRECTIONS[direction] * work / chip.flops:
-                raise RuntimeError(f"{took * 1e6:.2f} us is faster than the chip: the loop did not run")
-            rows[direction]["seconds"][name] = took
-            if name == "dense":
-                seen[product.n, product.tokens, direction] = took
-    for direction, row in rows.items():
-        if (known := seen.get((product.n, product.tokens, direction))) is not None:
-            row["seconds"]["dense"] = known
-    _torch(product, rows, [exact, x, g, *weights], repeats, suite.samples)
-    for direction, row in rows.items():
-        row |= {
-            "n": product.n,
-            "tokens": product.tokens,
-            "flop_reduction": choice.flop_reduction,
-            "bound": choice.bound,
-        }
-        row |= rates(row["seconds"], product, direction, choice.flop_reduction, choice.bound)
-    return list(rows.values())
-
-
-def _torch(product: Product, rows: dict[str, Any], arrays: list[Any], repeats: dict[str, int], samples: int) -> None:
-    function, missing = bench_torch.apply(product.op), bench_torch.missing()
-    if missing or function is None:
-        for row in rows.values():
-            row["notes"]["torch"] = missing or f"{product.op} is not written in torch here"
-        return
-    (exact, x, g, *weights), run = bench_torch.tensors(arrays), bench_torch.compiled(function)
-    for direction, row in rows.items():
-        with noted(row, "torch"):
-            call = bench_torch.both(run, x, g, weights) if direction == "both" else lambda run=run: run(x, *weights)
-            row["seconds"]["torch"] = bench_torch.seconds(call, repeats[direction], samples)
-    with noted(rows["forward"], "torch"):
-        rows["forward"]["error"]["torch"] = bench_torch.error(run(x, *weights), x, exact)
-    with noted(rows["forward"], "torch_bsr"):
-        for name, (run, operands) in bench_torch.sparse(product.op, x, weights).items():
-            with noted(rows["forward"], name):
-                took = bench_torch.seconds(lambda r=run, o=operands: r(*o), repeats["forward"], samples)
-                rows["forward"]["seconds"][name] = took
-
-
 def run(out: Path, minutes: float, only: str, fresh: bool, suite: Suite) -> None:
-    """Measure what `out` lacks of the cases containing `only`, or all if `fresh`, writing it after every product."""
+    """Measure what `out` lacks of the cases containing `only`, or all if `fresh`, writing it after every product.
+
+    What is being run is written first: if it takes the process with it, the next run notes that and goes past it.
+    """
     start, chip = time.monotonic(), current_chip()
-    held = {"numerics": {}, "rows": []}
+    held: dict[str, Any] = {"numerics": {}, "rows": [], "begun": None}
     if out.exists() and not fresh:
         held = json.loads(out.read_text())["metrics"]
     todo = [(case, p) for case, p in products(suite) if only in case]
-    known = {(r["case"], r["n"], r["tokens"]) for r in held["rows"]}
-    seen: dict[Any, float] = {}
     late = lambda: time.monotonic() - start > 60 * minutes
 
-    def write() -> None:
+    def write(begun: Any) -> None:
+        held["begun"] = begun
         config = {"suite": "gpu", "chip": dataclasses.asdict(chip), "samples": suite.samples, "repeats": suite.repeats}
-        elapsed = time.monotonic() - start
-        Record.create(
-            name="bench_gpu",
-            kind="bench",
-            config=config,
-            structures={},
-            seed=0,
-            data_hash="",
-            seconds=elapsed,
-            metrics=held,
-        ).write(out)
+        facts = {"structures": {}, "seed": 0, "data_hash": "", "seconds": time.monotonic() - start}
+        Record.create(name="bench_gpu", kind="bench", config=config, metrics=held, **facts).write(out)
 
+    if held["begun"]:
+        _note_lost(held)
+        write(None)
     for case, product in sorted(todo, key=lambda pair: pair[1].n):
-        small = dataclasses.replace(product, tokens=100)
         if case in held["numerics"] or product.choice(chip).unsupported or late():
             continue
-        row: dict[str, Any] = {"n": small.n, "tokens": small.tokens, "error": {}, "notes": {}}
-        for name in OURS:
-            with noted(row, name):
-                x, g, weights = operands(small)
-                row["error"][name] = worst(jax.jit(comparison(small, name))(x, g, *weights))
-        held["numerics"][case] = row
+        write([case, 0, 0])
+        held["numerics"][case] = row = numbers(dataclasses.replace(product, tokens=100))
         print(f"numbers of {case}: {row['error']} {row['notes'] or ''}", flush=True)
-        write()
+        write(None)
+        if not healthy():
+            raise SystemExit(LOST.format(case))
+    known = {(r["case"], r["n"], r["tokens"]) for r in held["rows"]}
     left = [(case, p) for case, p in todo if (case, p.n, p.tokens) not in known]
+    dense: dict[Any, float] = {}
     for at, (case, product) in enumerate(left):
         if late():
             print(f"stopped after {minutes:g} minutes with {len(left) - at} products to go; run again to go on")
             break
-        rows = measure(product, chip, suite, seen)
+        write([case, product.n, product.tokens])
+        rows = measure(product, chip, suite, dense, _why_not(held["numerics"].get(case)))
         held["rows"] += [{"case": case} | row for row in rows]
         said = [", ".join(f"{k} {1e6 * v:.1f} us" for k, v in row["seconds"].items()) for row in rows]
         print(f"[{at + 1}/{len(left)}] {product}: {said[0]} | both: {said[1]} {rows[0]['notes'] or ''}", flush=True)
-        write()
+        write(None)
+        if not healthy():
+            raise SystemExit(LOST.format(product))
     if held["rows"]:
         report(held["rows"], out, " ".join(str(__doc__).split()))
+
+
+LOST = "error: the GPU does not answer any more after {}; its row says why, run again to go on with the next"
+
+
+def _why_not(row: dict[str, Any] | None) -> str:
+    """Why a kernel is not timed, from the row of its numbers, or ""."""
+    if row is None:
+        return ""
+    if "pallas" not in row["error"]:
+        return f"not timed: {row['notes'].get('pallas', 'its numbers could not be had')}"
+    wrong = row["error"]["pallas"]["both"]
+    return "" if wrong < TOLERANCE else f"not timed: its numbers are wrong by {wrong:.1e}"
+
+
+def _note_lost(held: dict[str, Any]) -> None:
+    """What the last run had begun and not finished is done, and its row says so."""
+    (case, n, tokens), notes = held["begun"], {"pallas": "the process ended while it ran"}
+    if not n:
+        held["numerics"][case] = {"error": {}, "notes": notes}
+        return
+    facts = {
+        "n": n,
+        "tokens": tokens,
+        "seconds": {},
+        "error": {},
+        "notes": notes,
+        "flop_reduction": None,
+        "bound": None,
+    }
+    held["rows"] += [{"case": case, "direction": direction} | facts for direction in DIRECTIONS]
 
 
 def main(out: str, minutes: float, only: str, fresh: bool) -> None:

@@ -40,8 +40,8 @@ def table(rows: list[dict[str, Any]], style: box.Box) -> Table:
         took = [r["seconds"].get(c) for c in COLUMNS]
         cells = [number(t and 1e6 * t, ".1f") for t in took]
         cells[3] = "torch not installed" if r["notes"].get("torch") == "torch not installed" else cells[3]
-        cells += [number(r.get("tflops"), ".0f"), number(r.get("gbs"), ".0f"), f"{r['flop_reduction']:.1f}"]
-        cells += [f"{r['bound']:.1f}", number(r.get("speedup"), ".2f"), number(r.get("reached"), ".2f")]
+        cells += [number(r.get("tflops"), ".0f"), number(r.get("gbs"), ".0f"), number(r["flop_reduction"], ".1f")]
+        cells += [number(r["bound"], ".1f"), number(r.get("speedup"), ".2f"), number(r.get("reached"), ".2f")]
         cells.append(number(max(r["error"].values(), default=None), ".1e"))
         made.add_row(r["case"], str(r["n"]), str(r["tokens"]), r["direction"], *cells)
     return made

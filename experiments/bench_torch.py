@@ -31,25 +31,36 @@ def apply(op: str) -> Callable[..., Any] | None:
     }.get(op)
 
 
-def sparse(op: str, x: Any, weights: list[Any]) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
-    """PyTorch's own sparse products, forward: of the same matrix as BSR, and of any 2:4 one of the same width.
-
-    Each is a function of x and its other operands.
-    """
-    import torch
+def linear(x: Any, weight: Any) -> Any:
+    """x weight^T."""
     from torch.nn.functional import linear
 
-    if op != "block_sparse":
-        return {}
-    values, rows = weights
+    return linear(x, weight)
+
+
+def _bsr(x: Any, values: Any, rows: Any) -> tuple[Any, Any]:
+    """x and W^T of a block-sparse W in torch's blocked rows."""
+    import torch
+
     (columns, count, p, s), k = values.shape, x.shape[1]
     crow = torch.arange(columns + 1, device=x.device, dtype=torch.int32) * count
     blocks = values.reshape(-1, p, s).transpose(1, 2).contiguous()
-    bsr = torch.sparse_bsr_tensor(crow, rows.reshape(-1), blocks, size=(columns * s, k))
-    dense = torch.randn(columns * s, k, device=x.device, dtype=x.dtype)
-    kept = torch.tensor([True, True, False, False], device=x.device).repeat(k // 4)
-    halved = torch.sparse.to_sparse_semi_structured(dense * kept)
-    return {"torch_bsr": (linear, [x, bsr]), "torch_2_4": (linear, [x, halved])}
+    return x, torch.sparse_bsr_tensor(crow, rows.reshape(-1), blocks, size=(columns * s, k))
+
+
+def _two_of_four(x: Any, values: Any, rows: Any) -> tuple[Any, Any]:
+    """x and any 2:4 matrix of the same width, for its time."""
+    import torch
+
+    dense = torch.randn(values.shape[0] * values.shape[3], x.shape[1], device=x.device, dtype=x.dtype)
+    kept = torch.tensor([True, True, False, False], device=x.device).repeat(x.shape[1] // 4)
+    return x, torch.sparse.to_sparse_semi_structured(dense * kept)
+
+
+SPARSE: dict[str, dict[str, Callable[..., tuple[Any, Any]]]] = {
+    "block_sparse": {"torch_bsr": _bsr, "torch_2_4": _two_of_four}
+}
+"""Operands of `linear` for PyTorch's own sparse products, forward: of the same matrix, and of any 2:4 one."""
 
 
 def tensors(arrays: list[jax.Array]) -> list[Any]:
@@ -119,8 +130,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of it for exactly its shapes."""
     import torch
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return torch.compile(function, dynamic=False)
+
+
+def give_back() -> None:
+    """Return memory that jax will need."""
+    import torch
+
+    torch.cuda.empty_cache()
 
 
 def _blocks(x: Any, count: int) -> Any:
