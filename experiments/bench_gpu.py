@@ -8,9 +8,11 @@ compiled product. A kernel that fails leaves its message in the row and the run 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,8 @@ from structmat.training.record import Record
 
 TOLERANCE = 0.05
 """Error from which on a kernel is not timed; bfloat16 alone gives some thousandths."""
+LIMIT = 150.0
+"""Seconds one product may take, compilation included."""
 
 
 def name_of(op: str, sizes: Sizes) -> str:
@@ -67,7 +71,8 @@ def run(out: Path, minutes: float, only: str, fresh: bool, suite: Suite) -> None
         if case in held["numerics"] or product.choice(chip).unsupported or late():
             continue
         write([case, 0, 0])
-        held["numerics"][case] = row = numbers(dataclasses.replace(product, tokens=100))
+        with _within(LIMIT, f"the numbers of {case}"):
+            held["numerics"][case] = row = numbers(dataclasses.replace(product, tokens=100))
         print(f"numbers of {case}: {row['error']} {row['notes'] or ''}", flush=True)
         write(None)
         if not healthy():
@@ -80,7 +85,8 @@ def run(out: Path, minutes: float, only: str, fresh: bool, suite: Suite) -> None
             print(f"stopped after {minutes:g} minutes with {len(left) - at} products to go; run again to go on")
             break
         write([case, product.n, product.tokens])
-        rows = measure(product, chip, suite, dense, _why_not(held["numerics"].get(case)))
+        with _within(LIMIT, str(product)):
+            rows = measure(product, chip, suite, dense, _why_not(held["numerics"].get(case)))
         held["rows"] += [{"case": case} | row for row in rows]
         said = [", ".join(f"{k} {1e6 * v:.1f} us" for k, v in row["seconds"].items()) for row in rows]
         print(f"[{at + 1}/{len(left)}] {product}: {said[0]} | both: {said[1]} {rows[0]['notes'] or ''}", flush=True)
@@ -92,6 +98,22 @@ def run(out: Path, minutes: float, only: str, fresh: bool, suite: Suite) -> None
 
 
 LOST = "error: the GPU does not answer any more after {}; its row says why, run again to go on with the next"
+
+
+@contextlib.contextmanager
+def _within(limit: float, what: str) -> Iterator[None]:
+    """End the process where a kernel never ends: nothing else gets past it."""
+
+    def give_up() -> None:
+        print(f"error: {what} took more than {limit:g} s; run again to go on with the next", flush=True)
+        os._exit(3)
+
+    timer = threading.Timer(limit, give_up)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _why_not(row: dict[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,15 @@ def test_what_took_the_process_with_it_is_noted_and_passed_by(tmp_path, monkeypa
     rows = json.loads(out.read_text())["metrics"]["rows"]
     assert seen == ["low_rank", "block_sparse"] and len(rows) == 4
     assert all(r["notes"] == {"pallas": "the process ended while it ran"} for r in rows)
+
+
+def test_what_never_ends_ends_the_process(tmp_path, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(bench_gpu.os, "_exit", codes.append)
+    monkeypatch.setattr(bench_gpu, "LIMIT", 0.01)
+    monkeypatch.setattr(bench_gpu, "measure", lambda *_: time.sleep(0.2) or ROWS)
+    bench_gpu.run(tmp_path / "a.json", 5.0, "low_rank", False, TINY)
+    assert codes == [3] and "low_rank n 64, 8 tokens, rank 4 took more than 0.01 s" in capsys.readouterr().out
 
 
 def test_it_stops_when_the_gpu_is_lost(tmp_path, monkeypatch):
