@@ -153,6 +153,43 @@ def error_curve(curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str
     return figure
 
 
+def speedups(
+    grid: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
+    bounds: Mapping[str, float],
+    title: str,
+) -> Figure:
+    """Speed-up against a size, log axes: a row of panels per direction, a line per chip, the chip's bound dashed.
+
+    Args:
+      grid: direction -> panel (`monarch: blocks`) -> chip -> (size, speed-up) points.
+      bounds: chip -> the most any structure can gain.
+    """
+    columns = list(dict.fromkeys(panel for panels in grid.values() for panel in panels))
+    figure = Figure(figsize=(3.4 * len(columns), 3.1 * len(grid) + 0.7), layout="constrained")
+    axes = figure.subplots(len(grid), len(columns), sharey=True, sharex="col", squeeze=False)
+    colors = {chip: f"C{i}" for i, chip in enumerate(bounds)}
+    for row, (direction, panels) in zip(axes, grid.items()):
+        row[0].set_ylabel(f"over dense, {direction}")
+        for axis, name in zip(row, columns):
+            for chip, points in panels.get(name, {}).items():
+                axis.plot(*zip(*points), "o-", ms=4, color=colors[chip], label=chip)
+                axis.axhline(bounds[chip], ls="--", lw=0.8, color=colors[chip])
+            axis.axhline(1, lw=0.8, color="0.5")
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+            for side in (axis.xaxis, axis.yaxis):
+                side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.grid(alpha=0.3)
+    for axis, name in zip(axes[0], columns):
+        operation, _, size = name.partition(": ")
+        axis.set_title(operation, fontsize=10)
+        axes[-1][list(axes[0]).index(axis)].set_xlabel(size)
+    handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=len(handles))
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
 def _image(panel: Any, size: np.ndarray, title: str, top: float) -> Any:
     image = panel.imshow(size, cmap="Greys", vmin=0, vmax=top or 1.0, interpolation="nearest")
     panel.set_title(textwrap.fill(title, 44), fontsize=9)

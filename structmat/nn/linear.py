@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from structmat.nn.leaves import cast, compute_dtype, declare, embed_scale
 from structmat.nn.path import choose_path
-from structmat.nn.sharded import on_shards
+from structmat.nn.sharded import kernel_specs, run
 from structmat.nn.sites import KINDS, Kind, record
 from structmat.structures import Bound, Structure, StructureError, parse
 from structmat.structures.leaf import Axes
@@ -106,11 +106,11 @@ def product(
     bound: Bound, params: Any, x: jax.Array, path: str = "auto", in_axes: Axes = None, out_axes: Axes = None
 ) -> jax.Array:
     """x `(..., d_in)` -> `(..., d_out)` by the path named, or the one `choose_path` names; by kernels under a mesh too."""
+    specs = None if path == "dense" else kernel_specs(bound, params, x, in_axes, out_axes)
     if path == "auto":
-        path, _ = choose_path(bound, math.prod(x.shape[:-1]))
+        path, _ = choose_path(bound, math.prod(x.shape[:-1]), kernel=specs is not None)
     if path == "factored":
-        y = on_shards(bound, params, x, in_axes, out_axes)
-        return bound.matmul(params, x) if y is None else y
+        return run(bound, params, x, specs)
     w = bound.materialize(params)
     return x @ (w if bound.is_complex else w.astype(x.dtype))  # a transform without leaves has no dtype of its own
 

@@ -21,24 +21,31 @@ from structmat.structures.leaf import Axes, Leaf, first_axis, map_leaves
 IN, OUT = "in", "out"
 
 
-def on_shards(bound: Bound, params: Any, x: jax.Array, in_axes: Axes, out_axes: Axes) -> jax.Array | None:
-    """x `(..., d_in)` -> `(..., d_out)` by kernels on the parts of the ambient mesh, or None to leave it to the compiler.
+Specs = tuple[Any, PartitionSpec, PartitionSpec, tuple[str, ...]]
+"""Of the leaves, of x, of y, and the mesh axes to sum over."""
+
+
+def kernel_specs(bound: Bound, params: Any, x: jax.Array, in_axes: Axes, out_axes: Axes) -> Specs | tuple[()] | None:
+    """How kernels would run x `(..., d_in)` -> `(..., d_out)`: on these parts of the ambient mesh, `()` for on the whole as
+    no mesh is in the way, or None where no rule takes a kernel or the family cannot be split like this.
 
     Rows are split over the mesh axes of `batch`, over which weights are gathered if they are sharded there too (as FSDP
     does); the other axes split the sides of the matrix as the logical rules say, if the family takes them so
     (`Bound.splits`). A split input ends in one sum over its axes.
     """
-    rules = nn.get_logical_axis_rules()
-    if not rules or not partitioned() or current_chip().platform == "cpu":
+    if current_chip().platform == "cpu":
         return None
-    specs = site_specs(bound, x.shape, in_axes, out_axes, rules)
-    if specs is None or not _has_kernel(bound, params, x, specs):
-        return None
-    return run(bound, params, x, specs)
+    specs: Specs | tuple[()] | None = ()
+    if partitioned():
+        rules = nn.get_logical_axis_rules()
+        specs = site_specs(bound, x.shape, in_axes, out_axes, rules) if rules else None
+    return specs if specs is not None and _has_kernel(bound, params, x, specs) else None
 
 
-def run(bound: Bound, params: Any, x: jax.Array, specs: Any) -> jax.Array:
-    """The product under `jax.shard_map` with the specs of `site_specs`."""
+def run(bound: Bound, params: Any, x: jax.Array, specs: Specs | tuple[()] | None) -> jax.Array:
+    """The product under `jax.shard_map` with these specs, or as it is without."""
+    if not specs:
+        return bound.matmul(params, x)
     of_params, of_x, of_y, summed = specs
 
     def part(params: Any, x: jax.Array) -> jax.Array:
@@ -48,10 +55,8 @@ def run(bound: Bound, params: Any, x: jax.Array, specs: Any) -> jax.Array:
     return jax.shard_map(part, in_specs=(of_params, of_x), out_specs=of_y, check_vma=False)(params, x)
 
 
-def site_specs(
-    bound: Bound, shape: tuple[int, ...], in_axes: Axes, out_axes: Axes, rules: Any
-) -> tuple[Any, PartitionSpec, PartitionSpec, tuple[str, ...]] | None:
-    """Specs of the leaves, of x and of y, and the mesh axes to sum over; None where the family cannot be split like this."""
+def site_specs(bound: Bound, shape: tuple[int, ...], in_axes: Axes, out_axes: Axes, rules: Any) -> Specs | None:
+    """The specs of a site on the ambient mesh; None where the family cannot be split like this."""
     mesh = jax.sharding.get_abstract_mesh()
     wide = lambda names: tuple(a for a in names if a in mesh.axis_names and mesh.shape[a] > 1)
     whole = lambda n, names: n % math.prod(mesh.shape[a] for a in names) == 0
@@ -96,7 +101,7 @@ def _names(held: Any) -> tuple[str, ...]:
     return () if held is None else (held,) if isinstance(held, str) else tuple(held)
 
 
-def _has_kernel(bound: Bound, params: Any, x: jax.Array, specs: Any) -> bool:
+def _has_kernel(bound: Bound, params: Any, x: jax.Array, specs: Specs | tuple[()]) -> bool:
     """Whether some rule takes a kernel for one device's part."""
     mesh = jax.sharding.get_abstract_mesh()
 
@@ -104,7 +109,8 @@ def _has_kernel(bound: Bound, params: Any, x: jax.Array, specs: Any) -> bool:
         split = [math.prod(mesh.shape[a] for a in _names(held)) for held in spec]
         return jax.ShapeDtypeStruct([n // k for n, k in zip(value.shape, split)], value.dtype)
 
-    of_params, of_x, _, _ = specs
+    if specs:
+        params, x = jax.tree.map(part, dict(params), specs[0]), part(x, specs[1])
     with asking() as asked:
-        jax.eval_shape(bound.matmul, jax.tree.map(part, dict(params), of_params), part(x, of_x))
+        jax.eval_shape(bound.matmul, params, x)
     return any(choice.implementation == "pallas" for _, choice in asked)

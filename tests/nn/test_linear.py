@@ -92,6 +92,8 @@ def test_auto_path_follows_the_break_even():
     full = parse("low_rank(rank=512)").bind(512, 512)
     assert choose_path(full, 4096)[0] == "dense"
     assert choose_path(full, 1)[0] == "factored"
+    blocks = parse("block_sparse(block=128, density=0.5)").bind(1024, 1024)
+    assert [choose_path(blocks, 4096, kernel)[0] for kernel in (False, True)] == ["dense", "factored"]
 
 
 @pytest.mark.parametrize(
