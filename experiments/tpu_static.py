@@ -142,11 +142,12 @@ def run(out: Path, minutes: float, only: str, fresh: bool, limit: float) -> list
         done[name_of(row)] = found
         cycles = ", ".join(f"{k} {v:,}" if v else f"{k} -" for k, v in found["cycles"].items())
         print(f"[{i + 1}/{len(todo)}] {name_of(row)}: {cycles} ({LABEL}); rule {found['rule']}", flush=True)
-        _record(list(done.values()), time.monotonic() - start).write(out)
+        record_of(list(done.values()), time.monotonic() - start).write(out)
     return list(done.values())
 
 
-def _record(rows: list[dict[str, Any]], seconds: float) -> Record:
+def record_of(rows: list[dict[str, Any]], seconds: float) -> Record:
+    """The Record of rows, made now."""
     return Record.create(
         name="tpu_static",
         kind="bench",

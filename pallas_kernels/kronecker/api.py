@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.chips import Chip, current_chip
 from pallas_kernels.dispatch import Choice, Implementation, KernelError, resolve
 from pallas_kernels.kronecker import tpu
-from pallas_kernels.kronecker.configs import tiles
+from pallas_kernels.kronecker.configs import BODY, tiles
 from pallas_kernels.kronecker.xla import two_gemms
 from pallas_kernels.tiling import LANES, sublanes, whole_tiles
 
@@ -75,7 +75,7 @@ def _unsupported(m: int, sizes: tuple[int, int, int, int, int], dtype: Any, chip
     for kind in KINDS:
         tile = tiles(kind, chip, m, sizes, dtype.itemsize)
         if tile is None:
-            return f"{kind}: a tile of rows and both factors do not fit {chip.vmem} bytes"
+            return f"{kind}: a tile of rows and both factors exceed {chip.vmem} bytes or {BODY} multiply-adds of a step"
         whole = sublanes(dtype.itemsize)
         if tile.group * n1 % whole or tile.group * m1 % whole:
             return f"{tile.group} rows of {n1} x {m1} are not whole sublanes of {whole}"

@@ -7,9 +7,12 @@ import dataclasses
 from pallas_kernels.chips import Chip
 from pallas_kernels.tiling import LANES, SPILL
 
-TOKENS = 128
-"""Rows of x in one grid step. By the compiler's estimate at n = 4096 steps of 256 rows take 8 to 10% longer: bodies are
-unrolled over lane groups, and more rows in each spill more registers."""
+TOKENS = (128, 64)
+"""Rows of x in one grid step, larger first. By the compiler's estimate at n = 4096 steps of 256 rows take 8 to 10%
+longer: bodies are unrolled over lane groups, and more rows in each spill more registers."""
+BODY = 2**30
+"""Multiply-adds by the minor factors in one step, all unrolled: those of 128 rows with 8 minor factors of 1024 x 1024
+compile in seconds, twice as many in half a minute."""
 FORWARD_GROUPS, BACKWARD_GROUPS = 2, 4
 """Groups of rows per iteration of the loops over them."""
 
@@ -31,14 +34,17 @@ def tiles(kind: str, chip: Chip, m: int, sizes: tuple[int, int, int, int, int], 
     sizes is (terms, n1, n2, m1, m2), size the bytes of an entry. As many rows share a GEMM by A as fill the matrix unit,
     up to 16. Three tenths of VMEM are left to XLA.
     """
-    _, n1, _, m1, _ = sizes
+    terms, n1, n2, m1, m2 = sizes
     group = 16
     while group > 1 and group * max(n1, m1) > chip.lanes:
         group //= 2
     least = BACKWARD_GROUPS * group
-    tokens = min(TOKENS, -(-m // least) * least)
-    held = _bytes(kind, tokens, group, sizes, size)
-    return Tiles(tokens, group, held * 5 // 4 + SPILL) if held <= 0.7 * chip.vmem else None
+    for most in TOKENS:
+        tokens = min(most, -(-m // least) * least)
+        held = _bytes(kind, tokens, group, sizes, size)
+        if tokens % least == 0 and held <= 0.7 * chip.vmem and tokens * terms * n1 * n2 * m2 <= BODY:
+            return Tiles(tokens, group, held * 5 // 4 + SPILL)
+    return None
 
 
 def _bytes(kind: str, tokens: int, group: int, sizes: tuple[int, int, int, int, int], size: int) -> int:
