@@ -31,6 +31,7 @@ class Walk:
     """Which tiles are multiplied and where the sum goes; all indices are traced int32 scalars.
 
     Attributes:
+      name: of the kernel.
       grid: (tiles down, tiles across) of the output.
       span: (indices, i, j) -> (first, end) of the steps that tile (i, j) sums.
       a: (indices, i, j, step, group) -> where the left operand of a warpgroup lies: (rows, 64), or (64, rows) flipped.
@@ -39,6 +40,7 @@ class Walk:
       flip_a: the left operand is stored transposed. flip_b: the right one is.
     """
 
+    name: str
     grid: tuple[int, int]
     span: Callable[[Sequence[Any], Any, Any], tuple[Any, Any]]
     a: Callable[..., Place]
@@ -78,7 +80,8 @@ def walk_product(
             collective_axes="warpgroup",
         )
 
-    return launch(entry, jax.ShapeDtypeStruct(out, a.dtype), programs, tile.groups, interpret)(a, b, *indices)
+    kernel = launch(walk.name, entry, jax.ShapeDtypeStruct(out, a.dtype), programs, tile.groups, interpret)
+    return kernel(a, b, *indices)
 
 
 def _program(walk: Walk, tile: Tile, programs: int, gmem: Any, *, a_smem, b_smem, out_smem, full, free) -> None:
@@ -167,7 +170,7 @@ def store(total: jax.Array, pieces: Any, out_gmem: Any, place: Callable[[int, in
 
 
 def launch(
-    entry: Callable[..., None], out: Any, programs: int, groups: int, interpret: Any
+    name: str, entry: Callable[..., None], out: Any, programs: int, groups: int, interpret: Any
 ) -> Callable[..., jax.Array]:
     """`entry(*inputs, output)` on `programs` CTAs of `groups` multiplying warpgroups and one that loads.
 
@@ -181,6 +184,7 @@ def launch(
         grid_names=("sm",),
         num_threads=groups + 1,
         thread_name="warpgroup",
+        kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **keywords,
     )

@@ -50,6 +50,7 @@ def forward(x: jax.Array, values: jax.Array, rows: jax.Array, tile: Tile, chip: 
         return first, first + count * deep
 
     walk = Walk(
+        name="block_sparse_forward",
         grid=(x.shape[0] // tile.height, columns * across),
         span=span,
         a=left,
@@ -83,6 +84,7 @@ def backward_x(
         return indices[1][row] * deep, indices[1][row + 1] * deep
 
     walk = Walk(
+        name="block_sparse_backward_x",
         grid=(dy.shape[0] // tile.height, k // tile.columns),
         span=span,
         a=left,
@@ -108,6 +110,7 @@ def backward_values(
         return at * DEPTH, row * p + lax.rem(strip, parts) * tile.rows
 
     walk = Walk(
+        name="block_sparse_backward_values",
         grid=(columns * each, s // tile.columns),
         span=lambda indices, i, j: (jnp.int32(0), jnp.int32(x.shape[0] // DEPTH)),
         a=left,

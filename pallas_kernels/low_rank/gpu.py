@@ -76,7 +76,7 @@ def fused(x: jax.Array, a: jax.Array, b: jax.Array, chip: Chip, interpret: Any =
         )
 
     y = jax.ShapeDtypeStruct((x.shape[0], out), x.dtype)
-    return launch(entry, y, programs, tile.groups, interpret)(x, a, b)[:m]
+    return launch("low_rank", entry, y, programs, tile.groups, interpret)(x, a, b)[:m]
 
 
 def _program(

@@ -50,6 +50,7 @@ def stage(x: jax.Array, weights: jax.Array, flip: bool, run: int, chip: Chip, in
         return i * tile.height + group * tile.rows, first
 
     walk = Walk(
+        name="monarch_stage_transposed" if flip else "monarch_stage",
         grid=(x.shape[0] // tile.height, blocks * across),
         span=lambda indices, i, j: (jnp.int32(0), jnp.int32(deep)),
         a=lambda indices, i, j, at, group: (
@@ -77,6 +78,7 @@ def stage_weights(x: jax.Array, dy: jax.Array, blocks: int, chip: Chip, interpre
     x, dy = (whole_tiles(a, DEPTH) for a in (x, dy))
     each = depth // tile.height
     walk = Walk(
+        name="monarch_weights",
         grid=(blocks * each, out // tile.columns),
         span=lambda indices, i, j: (jnp.int32(0), jnp.int32(x.shape[0] // DEPTH)),
         a=lambda indices, i, j, at, group: (at * DEPTH, i * tile.height + group * tile.rows),

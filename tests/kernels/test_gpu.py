@@ -33,7 +33,7 @@ def columns(rows):
 
 
 def text(function, *arguments):
-    """The module for "cuda"; only the name of the custom call, whose body is bytes, can be read in it."""
+    """The module for "cuda"; of the custom calls, whose bodies are bytes, names and operations can be read in it."""
     checks = [jax.export.DisabledSafetyCheck.custom_call(CUSTOM_CALL)]
     return jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*arguments).mlir_module()
 
@@ -48,6 +48,11 @@ def on_h100(monkeypatch):
         monkeypatch.setattr(api, "current_chip", lambda: H100)
 
 
+NAMES = {
+    "block_sparse": ["block_sparse_forward", "block_sparse_backward_x", "block_sparse_backward_values"],
+    "monarch": ["monarch_stage", "monarch_stage_transposed", "monarch_weights"],
+    "low_rank": ["low_rank"],
+}
 REAL = [  # operation, x, weights, kernels in forward + backward
     ("block_sparse", (4096, 4096), [(32, 8, 128, 128)], 3),
     ("block_sparse", (64, 768), [(24, 3, 128, 128)], 3),
@@ -71,7 +76,10 @@ def test_lowers_for_cuda_forward_and_backward(on_h100, op, x, weights, kernels):
         y, pull = jax.vjp(lambda x, *w: apply(x, *w, *rest), x, *weights)
         return y, pull(g)
 
-    assert text(step, *shapes(x, y, *weights)).count(CUSTOM_CALL) == kernels
+    made = text(step, *shapes(x, y, *weights))
+    assert made.count(CUSTOM_CALL) == kernels and "wgmma.mma_async" in made and "cp.async.bulk.tensor" in made
+    for name in NAMES[op]:
+        assert name in made
 
 
 def test_under_vmap_remat_scan_and_shard_map():
