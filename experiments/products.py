@@ -167,6 +167,11 @@ class Product:
         """FLOPs of one dense product of the same sizes."""
         return 2 * self.tokens * self.n * self.n
 
+    def gemm_flops(self, implementation: str, direction: str = "forward") -> int:
+        """FLOPs of a program: the gradients of x and of the weights take as many as the product each."""
+        forward = self.dense_flops if implementation == "dense" else self.flops
+        return forward * (3 if direction == "both" else 1)
+
     def weights(self) -> list[jax.ShapeDtypeStruct]:
         """Shapes of the weights."""
         op = OPS[self.op]

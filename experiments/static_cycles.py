@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.own_flags import OwnFlags
 from experiments.products import OPS, Product, parse_options
@@ -30,6 +31,7 @@ CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "v7x": 1.1e9}
 FLAG = "--xla_jf_dump_static_llo_profile_to="
 IMPLEMENTATIONS = ("dense", "xla", "pallas")
 DIRECTIONS = ("forward", "both")
+WHOLE = -1
 
 flags = OwnFlags()
 _CHIP = flags.DEFINE_enum("chip", "v5e", list(TOPOLOGIES), "chip to compile for")
@@ -48,12 +50,17 @@ _COMPILE = flags.DEFINE_string(
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Attributes:
-    cycles: of the whole program, or None where the compiler gave none. why: then what happened. parts: cycles by operation.
+    cycles: of the whole program, or None where the compiler gave none. why: then what happened.
+    parts: cycles by operation, times the trips of the loops round it.
+    idealised: GEMMs the profiler passed over; they are counted at the peak rate, so the truth is higher.
+    alone: whether the profiler took the kernels only one by one, without what XLA puts round them.
     """
 
     cycles: int | None
     why: str = ""
     parts: dict[str, int] = dataclasses.field(default_factory=dict)
+    idealised: tuple[str, ...] = ()
+    alone: bool = False
 
 
 def estimate(
@@ -65,6 +72,20 @@ def estimate(
       implementation: `dense` (the same sizes as one GEMM), `xla` or `pallas`.
       direction: `forward`, or `both` for the product and all its gradients.
     """
+    found = _profile(product, chip, implementation, direction, WHOLE, limit)
+    if found.cycles or implementation != "pallas":
+        return found
+    kernels: dict[str, int] = {}
+    for i in range(_kernel_count(product, chip, direction)):
+        one = _profile(product, chip, implementation, direction, i, limit)
+        if not one.cycles:
+            return one
+        kernels |= {f"{name} ({i})": cycles for name, cycles in one.parts.items()}
+    return Estimate(sum(kernels.values()), parts=kernels, alone=True) if kernels else found
+
+
+def _profile(product: Product, chip: str, implementation: str, direction: str, kernel: int, limit: float) -> Estimate:
+    """The estimate of the whole program, or of its Pallas kernel of this number alone."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
             "LIBTPU_INIT_ARGS": FLAG + folder,
@@ -72,7 +93,7 @@ def estimate(
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
-        asked = json.dumps([dataclasses.asdict(product), chip, implementation, direction])
+        asked = json.dumps([dataclasses.asdict(product), chip, implementation, direction, kernel])
         try:
             run = subprocess.run(
                 [sys.executable, "-m", "experiments.static_cycles", f"--compile={asked}"],
@@ -86,40 +107,109 @@ def estimate(
         if run.returncode:
             said = [line for line in run.stderr.splitlines() if "Error" in line or "error" in line]
             return Estimate(None, said[-1][:300] if said else f"the profiler ended with code {run.returncode}")
-        parts = {}
-        for path in Path(folder).rglob("*"):
-            if path.is_file():
-                found = re.findall(r"estimated_cycles:\s*(\d+)", path.read_text(errors="ignore"))
-                if found:
-                    parts[path.stem] = max(map(int, found))
-    return Estimate(sum(parts.values()), parts=parts) if parts else Estimate(None, "no profile was written")
+        trips = loop_trips(run.stdout)
+        parts: dict[str, int] = {}
+        for path in Path(folder).rglob("*_static_llo_profile.textproto"):
+            name = path.name.removesuffix("_static_llo_profile.textproto")
+            cycles = re.findall(r"estimated_cycles:\s*(\d+)", path.read_text(errors="ignore"))
+            parts[name] = max(map(int, cycles), default=0) * trips.get(name, 1)
+    # The profiler gives some output fusions no cycles at all.
+    gemms = [name for name in parts if name.startswith(("fusion", "convolution"))]
+    lost = tuple(name for name in gemms if not parts[name])
+    if lost and kernel == WHOLE:
+        each = product.gemm_flops(implementation, direction) / CHIPS[chip].flops * CLOCKS[chip] / max(len(gemms), 1)
+        parts |= dict.fromkeys(lost, round(each))
+    return Estimate(sum(parts.values()) or None, "" if parts else "no profile was written", parts, lost)
 
 
-def compile_product(product: Product, chip: str, implementation: str, direction: str) -> None:
-    """What the child does: compile for one device of the chip's topology."""
+def loop_trips(hlo: str) -> dict[str, int]:
+    """Operation -> how often it runs, for those inside loops of known trip count, from a compiled program's text."""
+    inside: dict[str, list[str]] = {}
+    bodies: dict[str, int] = {}
+    computation = ""
+    for line in hlo.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computation = header[1]
+        elif operation := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line):
+            inside.setdefault(computation, []).append(operation[1])
+            if body := re.search(r"body=%?([\w.\-]+).*known_trip_count\D+(\d+)", line):
+                bodies[body[1]] = int(body[2])
+    trips: dict[str, int] = {}
+
+    def mark(computation: str, times: int) -> None:
+        for operation in inside.get(computation, []):
+            trips[operation] = times
+
+    for body, times in bodies.items():
+        mark(body, times)
+    return trips
+
+
+def _lowered(product: Product, chip: str, implementation: str, direction: str) -> tuple[Any, Any, list[Any]]:
     import jax
 
     from structmat.parallel import topology_mesh
 
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     one = jax.sharding.Mesh(topology_mesh(TOPOLOGIES[chip]).devices.reshape(-1)[:1], ("one",))
     whole = jax.sharding.NamedSharding(one, jax.sharding.PartitionSpec())
     function, arguments = product.program(implementation, direction)
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), arguments)
-    with jax.set_mesh(one):
-        jax.jit(function).lower(*arguments).compile()
+    return one, function, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), arguments)
+
+
+def _kernels(product: Product, chip: str, direction: str) -> list[Any]:
+    """The equations of the Pallas kernels in the traced program."""
+    import jax
+
+    mesh, function, arguments = _lowered(product, chip, "pallas", direction)
+    found: list[Any] = []
+
+    def look(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "pallas_call":
+                found.append(equation)
+                continue
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    look(inner)
+
+    with jax.set_mesh(mesh):
+        look(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return found
+
+
+def _kernel_count(product: Product, chip: str, direction: str) -> int:
+    return len(_kernels(product, chip, direction))
+
+
+def compile_product(product: Product, chip: str, implementation: str, direction: str, kernel: int) -> str:
+    """What the child does: compile for one device of the chip's topology; the text of the program."""
+    import jax
+
+    mesh, function, arguments = _lowered(product, chip, implementation, direction)
+    if kernel != WHOLE:
+        equation = _kernels(product, chip, direction)[kernel]
+        function = lambda *operands: equation.primitive.bind(*operands, **equation.params)
+        held = arguments[0].sharding
+        arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=held) for v in equation.invars]
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*arguments).compile().as_text()
 
 
 def main(_: Sequence[str]) -> None:
     if _COMPILE.value:
         fields, *rest = json.loads(_COMPILE.value)
-        compile_product(Product(**fields), *rest)
+        print(compile_product(Product(**fields), *rest))
         return
     product, chip = Product(_OP.value, _TOKENS.value, _N.value, parse_options(_OPTIONS.value)), _CHIP.value
     floor = product.floor(CHIPS[chip].bandwidth, _DIRECTION.value) * CLOCKS[chip]
     print(f"{product} on {chip}, {_DIRECTION.value}: memory floor {floor:,.0f} cycles (compiler's estimates below)")
     for implementation in _WHICH.value:
         found = estimate(product, chip, implementation, _DIRECTION.value, _LIMIT.value)
-        print(f"  {implementation:8}", f"{found.cycles:,}" if found.cycles else found.why, found.parts)
+        notes = [f"{', '.join(found.idealised)} at peak rate"] * bool(found.idealised) + ["kernels alone"] * found.alone
+        print(f"  {implementation:8}", f"{found.cycles:,}" if found.cycles else found.why, *notes, found.parts)
 
 
 if __name__ == "__main__":
