@@ -7,6 +7,7 @@ looked up again at every start, so that they are today's.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import time
@@ -52,7 +53,7 @@ _OUT = flags.DEFINE_string("out", "results/bench/tpu_static.json", "Record JSON 
 _ONLY = flags.DEFINE_string("only", "", "only rows whose name, such as 'monarch blocks=8, n 4096, v5e, both', has this")
 _MINUTES = flags.DEFINE_float("minutes", 30.0, "stop after this time; run again to go on", lower_bound=0.0)
 _LIMIT = flags.DEFINE_float("limit", 100.0, "seconds one compile may take", lower_bound=1.0)
-_FRESH = flags.DEFINE_bool("fresh", False, "forget rows already estimated")
+_FRESH = flags.DEFINE_bool("fresh", False, "forget rows already estimated, of --only those")
 
 
 def plan() -> list[dict[str, Any]]:
@@ -93,42 +94,48 @@ def with_rule(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def estimated(row: dict[str, Any], dense: dict[str, Any] | None, limit: float) -> dict[str, Any]:
-    """row with the cycles of every implementation, the reason where there are none, and which are scaled.
+    """row with the cycles of every implementation, the reason where there are none, notes of the estimate (GEMMs counted
+    at the peak rate, kernels taken alone), and which are scaled.
 
     Args:
       dense: a finished row of the same width, tokens, chip and direction, whose dense cycles are these too.
     """
     product = Product(row["op"], row["tokens"], row["n"], row["sizes"])
     refused = product.choice(CHIPS[row["chip"]]).unsupported
-    cycles, why, scaled = {}, {}, []
+    cycles, why, notes, scaled = {}, {}, {}, []
     for name in IMPLEMENTATIONS:
         if name == "dense" and dense:
             cycles[name] = dense["cycles"][name]
-            why |= {name: dense["why"][name]} if name in dense["why"] else {}
+            for mine, theirs in ((why, dense["why"]), (notes, dense["notes"])):
+                mine |= {name: theirs[name]} if name in theirs else {}
             scaled += [name] if name in dense["scaled"] else []
             continue
         if name == "pallas" and refused:
             found = Estimate(None, refused)
         else:
             found = estimate(product, row["chip"], name, row["direction"], limit)
+        if found.cycles is None:
+            why[name] = found.why
+            if not (name == "pallas" and refused):
+                fewer = Product(row["op"], FEWER, row["n"], row["sizes"])
+                found = estimate(fewer, row["chip"], name, row["direction"], limit)
+                if found.cycles is not None:
+                    found = dataclasses.replace(found, cycles=found.cycles * row["tokens"] // FEWER)
+                    scaled.append(name)
         cycles[name] = found.cycles
-        if found.cycles is not None:
-            continue
-        why[name] = found.why
-        if not (name == "pallas" and refused):
-            fewer = Product(row["op"], FEWER, row["n"], row["sizes"])
-            again = estimate(fewer, row["chip"], name, row["direction"], limit)
-            if again.cycles is not None:
-                cycles[name] = again.cycles * row["tokens"] // FEWER
-                scaled.append(name)
-    return row | {"cycles": cycles, "why": why, "scaled": scaled, "commit": environment.versions().get("git", "")}
+        held = dataclasses.asdict(found)
+        if noted := {k: v for k, v in held.items() if v and k not in ("cycles", "why", "parts")}:
+            notes[name] = noted
+    facts = {"cycles": cycles, "why": why, "notes": notes, "scaled": scaled}
+    return row | facts | {"commit": environment.versions().get("git", "")}
 
 
 def run(out: Path, minutes: float, only: str, fresh: bool, limit: float) -> list[dict[str, Any]]:
     """Estimate what is missing, write the Record after every row; all rows so far."""
-    held = [] if fresh or not out.exists() else json.loads(out.read_text())["metrics"]["rows"]
+    held = json.loads(out.read_text())["metrics"]["rows"] if out.exists() else []
     planned = {name_of(r): r for r in plan()}
-    done = {name_of(r): with_rule(r) for r in held if name_of(r) in planned}
+    forgotten = lambda name: name not in planned or (fresh and only in name)
+    done = {name_of(r): with_rule(r) for r in held if not forgotten(name_of(r))}
     todo = [r for name, r in planned.items() if only in name and name not in done]
     if not todo and not any(only in name for name in done):
         raise app.UsageError(f"--only={only!r} is in no row; the first is {next(iter(planned))!r}")
@@ -173,7 +180,8 @@ def main(argv: list[str]) -> None:
     about = (
         f"jax {record.versions['jax']}, libtpu {record.config['libtpu']}, {record.date}, `{record.command}`. Thousands of "
         "cycles of one device by libtpu's static profile, bf16; `both` is y and the gradients of x and of every weight. "
-        f"Ratios compare max(cycles, memory floor). ~: scaled from {FEWER} tokens, where the profiler failed at {TOKENS}. "
+        f"Ratios compare max(cycles, memory floor). ~: scaled from {FEWER} tokens, where the profiler failed at {TOKENS}; +: with "
+        "parts missing or counted at the peak rate, as the Record notes. "
         "The bound is n / (2 ridge), docs/kernels.md."
     )
     report(rows, out, about)

@@ -10,9 +10,8 @@ from pallas_kernels.tiling import LANES, SPILL
 TOKENS = (128, 64)
 """Rows of x in one grid step, larger first. By the compiler's estimate at n = 4096 steps of 256 rows take 8 to 10%
 longer: bodies are unrolled over lane groups, and more rows in each spill more registers."""
-BODY = 2**30
-"""Multiply-adds by the minor factors in one step, all unrolled: those of 128 rows with 8 minor factors of 1024 x 1024
-compile in seconds, twice as many in half a minute."""
+BODY = 2**28
+"""Multiply-adds by the minor factors in one step, all unrolled: twice as many take a minute to compile for v4."""
 FORWARD_GROUPS, BACKWARD_GROUPS = 2, 4
 """Groups of rows per iteration of the loops over them."""
 

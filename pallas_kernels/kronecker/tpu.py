@@ -21,10 +21,24 @@ from pallas_kernels.tiling import LANES
 
 
 def copies(a: jax.Array, group: int) -> jax.Array:
-    """a (terms, n1, m1) -> (terms, group n1, group m1): A_t `group` times on the diagonal."""
-    terms, n1, m1 = a.shape
-    spread = jnp.eye(group, dtype=a.dtype)[None, :, None, :, None] * a[:, None, :, None, :]
-    return spread.reshape(terms, group * n1, group * m1)
+    """a (terms, n1, m1) -> (terms, group n1, group m1): A_t `group` times on the diagonal.
+
+    By products with tiled identities, because reshapes of narrow arrays cost copies; nothing is rounded.
+    """
+    down, across = (_tiled(size, group).astype(a.dtype) for size in a.shape[1:])
+    filled = jnp.einsum("rn,tnm,cm->trc", down, a, across, precision="highest")
+    return jnp.where(_diagonal(a.shape, group), filled, 0)
+
+
+def _tiled(size: int, group: int) -> jax.Array:
+    """`group` identities below one another: f32 (group size, size)."""
+    return jnp.tile(jnp.eye(size, dtype=jnp.float32), (group, 1))
+
+
+def _diagonal(shape: tuple[int, ...], group: int) -> jax.Array:
+    """Which entries (group n1, group m1) lie in a block on the diagonal."""
+    rows, columns = (jnp.arange(group * size) // size for size in shape[1:])
+    return rows[:, None] == columns
 
 
 def forward(x: jax.Array, a: jax.Array, b: jax.Array, tiles: Tiles, interpret: Any = False) -> jax.Array:
@@ -139,7 +153,9 @@ def backward(
         name="kronecker_backward",
         interpret=interpret,
     )(x, dy, spread, spread.mT, b)
-    return dx, jnp.einsum("tgpgi->tip", da.reshape(terms, group, m1, group, n1)), db
+    # The same tiled identities as in `copies` add up the blocks.
+    kept = jnp.where(_diagonal(a.shape, group).T, da, 0)
+    return dx, jnp.einsum("rn,tcr,cm->tnm", _tiled(n1, group), kept, _tiled(m1, group), precision="highest"), db
 
 
 def _to_rows(lanes_of: Any, rows: Any, groups: int, tokens: int, first: int = 0) -> None:

@@ -40,12 +40,14 @@ def test_rows_are_kept_and_failures_scaled_from_fewer_tokens(calls, tmp_path):
     assert tpu_static.run(out, 0.0, "kronecker", False, 9.0) == [row] and not calls
     two = tpu_static.run(out, 1.0, "kronecker major=32,terms=1, n 4096, v6e, forward", False, 9.0)
     assert len(two) == 2 and two[1]["cycles"]["dense"] == 90_000 and "dense" not in [i for _, _, i in calls]
-    assert len(tpu_static.run(out, 1.0, ONE, True, 9.0)) == 1
+    calls.clear()
+    again = tpu_static.run(out, 1.0, ONE, True, 9.0)
+    assert len(again) == 2 and [i for _, _, i in calls] == ["xla", "xla", "pallas"]
     record = Record.read(out)
     assert record.config["label"] == "compiler's estimate, not a measurement" and record.config["libtpu"]
     report(record.metrics["rows"], out, "about")
     page = out.with_suffix(".md").read_text()
-    assert "not a measurement" in page and "slower than XLA in 0 of 1 rows" in page and "~80.0" in page
+    assert "not a measurement" in page and "slower than XLA in 0 of 2 rows" in page and "~80.0" in page
 
 
 def test_a_refused_kernel_is_not_compiled(calls, tmp_path):
@@ -80,7 +82,7 @@ def test_a_faster_kernel_that_is_not_chosen_is_named():
 
 
 def test_every_planned_row_has_a_rule_and_a_place_in_the_table():
-    cycles = {"cycles": {"dense": 9, "xla": 9, "pallas": None}, "why": {"pallas": "p"}, "scaled": []}
+    cycles = {"cycles": {"dense": 9, "xla": 9, "pallas": None}, "why": {"pallas": "p"}, "scaled": [], "notes": {}}
     rows = [tpu_static.with_rule(r | cycles) for r in tpu_static.plan()]
     assert len({name_of(r) for r in rows}) == len(rows) > 100
     assert table(rows, box.MARKDOWN).row_count == len(rows)
