@@ -1,4 +1,4 @@
-"""Numbers of the Hopper kernels: on one, or without a GPU in interpret mode, and tile by tile on the host."""
+"""Numbers of the Hopper kernels without a GPU: in interpret mode, and tile by tile on the host."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import CHIPS, block_sparse, current_chip, hopper_tiles, low_rank, monarch
+from pallas_kernels import CHIPS, block_sparse, hopper_tiles, low_rank, monarch
 from pallas_kernels.block_sparse import gpu as block_sparse_gpu
 from pallas_kernels.low_rank import gpu as low_rank_gpu
 from pallas_kernels.monarch import gpu as monarch_gpu
@@ -30,10 +30,8 @@ def interpreter(op):
     """GPU interpret mode, a chip so small that programs take several tiles or none and rings turn, and whether the mode
     can multiply transposed views.
 
-    Before jax 0.12 it is private, cannot do that, and waits so busily that one program must do. On Hopper itself, None.
+    Before jax 0.12 it is private, cannot do that, and waits so busily that one program must do.
     """
-    if (here := current_chip()).sms:
-        return None, here, True
     sms, memory = (1, 136) if op == "low_rank" else (3, 84)
     chip = dataclasses.replace(H100, sms=sms, vmem=memory * 1024)
     try:
@@ -46,9 +44,7 @@ def interpreter(op):
     return InterpretGPUParams(detect_races=True), chip, True
 
 
-def races(mode):
-    if mode is None:
-        return False
+def races():
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     return gpu_callbacks.get_races().races_found
@@ -98,9 +94,9 @@ def test_numbers_and_gradients(op):
     reference = {"block_sparse": block_sparse, "monarch": monarch, "low_rank": low_rank}[op].reference
     expected, pull_reference = jax.vjp(lambda x, *w: reference(x, *plain(*w)), *wide)
     y, pull = jax.vjp(ours, x, *weights)
-    assert y.dtype == jnp.bfloat16 and far(y, expected) < 1e-2 and not races(mode)
+    assert y.dtype == jnp.bfloat16 and far(y, expected) < 1e-2 and not races()
     for got, want in zip(pull(g), pull_reference(g.astype(jnp.float32))) if views else ():
-        assert got.dtype == jnp.bfloat16 and far(got, want) < 1e-2 and not races(mode)
+        assert got.dtype == jnp.bfloat16 and far(got, want) < 1e-2 and not races()
 
 
 def walked(walk, tile, a, b, indices, out, sms, interpret):
