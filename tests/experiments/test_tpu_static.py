@@ -92,6 +92,15 @@ def test_every_planned_row_has_a_rule_and_a_place_in_the_table():
     assert line.startswith("- pallas: p (")
 
 
+def test_notes_of_an_estimate_are_kept_and_marked(monkeypatch, tmp_path):
+    found = Estimate(1000, parts={"fusion": 1000}, idealised=("fusion",), alone=True)
+    monkeypatch.setattr(tpu_static, "estimate", lambda *_: found)
+    (row,) = tpu_static.run(tmp_path / "t.json", 1.0, ONE, False, 9.0)
+    assert row["notes"]["xla"] == {"idealised": ("fusion",), "alone": True} and row["scaled"] == []
+    report([row], tmp_path / "t.json", "about")
+    assert "+1.0" in (tmp_path / "t.md").read_text()
+
+
 def test_a_row_that_does_not_exist(tmp_path):
     with pytest.raises(app.UsageError, match="is in no row"):
         tpu_static.run(tmp_path / "t.json", 1.0, "monark", False, 9.0)
