@@ -38,6 +38,7 @@ CASES: list[tuple[str, dict[str, float], tuple[int, ...]]] = [
     ("monarch", {"blocks": 4}, (1024, 4096)),
     ("monarch", {"blocks": 8}, (4096, 8192)),
     ("monarch", {"blocks": 16}, (4096,)),
+    ("block_diagonal", {"blocks": 4}, (4096,)),
     ("block_diagonal", {"blocks": 16}, (4096, 8192)),
     ("low_rank_plus_block_sparse", {"rank": 128, "block": 128, "density": 0.125}, (4096,)),
     ("low_rank_plus_block_sparse", {"rank": 128, "block": 256, "density": 0.125}, (4096,)),
@@ -45,6 +46,7 @@ CASES: list[tuple[str, dict[str, float], tuple[int, ...]]] = [
     ("kronecker", {"major": 32, "terms": 1}, (4096, 8192)),
     ("kronecker", {"major": 32, "terms": 2}, (4096,)),
     ("low_rank", {"rank": 128}, (1024, 4096, 8192)),
+    ("low_rank", {"rank": 512}, (4096,)),
 ]
 """(operation, sizes, widths)."""
 
