@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_diagonal import tpu
-from pallas_kernels.block_diagonal.configs import JOIN, STRIP, tiles, together
+from pallas_kernels.block_diagonal.configs import JOIN, WIDEST, tiles, together
 from pallas_kernels.block_diagonal.xla import batched
 from pallas_kernels.chips import Chip, current_chip
 from pallas_kernels.dispatch import Choice, Implementation, KernelError, resolve
@@ -45,7 +45,7 @@ def block_diagonal(x: jax.Array, blocks: jax.Array, *, implementation: Implement
 
 
 def choose(m: int, sizes: tuple[int, int, int], dtype: Any, chip: Chip) -> Choice:
-    """The rule: on TPU the kernel wherever it applies and there are several blocks, up to `STRIP` wide.
+    """The rule: on TPU the kernel wherever it applies and there are several blocks, up to `WIDEST`.
 
     It reads strips of x and writes strips of y where they are; XLA's batched GEMM transposes the activations before or
     after, one more pass over them. The compiler's cycles at n 4096, 2048 tokens, the larger of them and the memory floor
@@ -80,8 +80,8 @@ def _unsupported(m: int, sizes: tuple[int, int, int], dtype: Any, chip: Chip) ->
         return f"dtype {dtype} is neither bfloat16 nor float32"
     if not join:
         return f"{k} blocks of {p} x {s} do not join, {JOIN} at most, into multiples of {LANES} lanes"
-    if join * max(p, s) > STRIP:
-        return f"blocks of {join * p} x {join * s} are wider than {STRIP}"
+    if join * max(p, s) > WIDEST:
+        return f"blocks of {join * p} x {join * s} are wider than {WIDEST}"
     if m == 0:
         return "x has no rows"
     for kind in ("forward", "backward"):

@@ -7,9 +7,16 @@ import dataclasses
 from pallas_kernels.chips import Chip
 from pallas_kernels.tiling import LANES, SPILL, token_tiles
 
-STRIP = 1024
-"""Most columns of x or y in one step, and so of a block: wider ones take minutes to compile, and XLA is at its best."""
-
+WIDEST = 1024
+"""Most columns of a block: wider ones take minutes to compile, and XLA is at its best."""
+STEP = 2**20
+"""Most entries of a strip of x or y in one step: megabytes, long enough to pay for the step, short enough that the first
+and the last one, which nothing hides, are a small part."""
+HELD = 2**21
+"""Most entries of the weights of a group. The compiler keeps operands of its own in VMEM and failed for want of it with
+twice as much."""
+GROUP = 64
+"""Most blocks in one step, whose body is unrolled over them."""
 JOIN = 8
 """Most blocks multiplied as one: of narrower ones the kernel would compute little but zeros."""
 
@@ -35,18 +42,19 @@ def together(k: int, p: int, s: int) -> int:
 def tiles(kind: str, chip: Chip, m: int, sizes: tuple[int, int, int], size: int) -> Tiles | None:
     """Tiles of one kernel (`forward`, `backward`), or None where nothing fits the chip.
 
-    sizes is (k, p, s) with blocks that fill whole lanes `together` within `STRIP`, size the bytes of an entry. A step
-    takes strips of up to `STRIP` columns, long enough to pay for itself and short enough that the first and the last one,
-    which nothing hides, are a small part. Three tenths of VMEM are left to XLA.
+    sizes is (k, p, s) with blocks that fill whole lanes `together` within `WIDEST`, size the bytes of an entry. Strips are
+    as wide as `STEP` allows, whole rows at best, which move as one piece; on chips of two cores there are two groups.
+    Three tenths of VMEM are left to XLA.
     """
     k, p, s = sizes
     join = together(k, p, s)
-    group = max(g for g in range(join, k + 1, join) if k % g == 0 and g * max(p, s) <= STRIP)
-    fits = (t for t in token_tiles(m, size) if _bytes(kind, t, group, join, p, s, size) <= 0.7 * chip.vmem)
-    tokens = next(fits, None)
-    if tokens is None:
-        return None
-    return Tiles(tokens, group, join, _bytes(kind, tokens, group, join, p, s, size) * 5 // 4 + SPILL)
+    most = min(GROUP, k // chip.cores, HELD // (join * p * s), STEP // (128 * max(p, s)))
+    groups = [g for g in range(k, join, -1) if k % g == 0 and g % join == 0 and g <= most] + [join]
+    *larger, least = token_tiles(m, size)
+    pairs = ((t, g) for g in groups for t in [t for t in larger if t * g * max(p, s) <= STEP] + [least])
+    held = lambda t, g: _bytes(kind, t, g, join, p, s, size)
+    found = next((pair for pair in pairs if held(*pair) <= 0.7 * chip.vmem), None)
+    return None if found is None else Tiles(*found, join, held(*found) * 5 // 4 + SPILL)
 
 
 def _bytes(kind: str, tokens: int, group: int, join: int, p: int, s: int, size: int) -> int:
