@@ -47,12 +47,11 @@ def block_diagonal(x: jax.Array, blocks: jax.Array, *, implementation: Implement
 def choose(m: int, sizes: tuple[int, int, int], dtype: Any, chip: Chip) -> Choice:
     """The rule: on TPU the kernel wherever it applies and there are several blocks, up to `WIDEST`.
 
-    It reads strips of x and writes strips of y where they are; XLA's batched GEMM transposes the activations before or
-    after, one more pass over them. The compiler's cycles at n 4096, 2048 tokens, the larger of them and the memory floor
-    (per gradient three passes), kernel against XLA without its floor: 4 blocks 143 k against 174 k (v5e), 45 k against
-    71 k (v6e); their gradients 285 k against 346 k, 82 k against 121 k; 16 blocks 65 k and 98 k against 99 k and 145 k
-    (v5e). The transposes shrink beside the GEMMs as blocks grow. Blocks joined to fill lanes may take half as much
-    arithmetic again as memory allows, which is about what the transposes cost.
+    It reads strips of x and writes strips of y where they are, and makes both gradients in one pass over x and dy; XLA's
+    batched GEMMs transpose activations round every product. The compiler's cycles at n 4096 and 2048 tokens, forward and
+    backward together, kernel against XLA: 16 blocks 128 k against 180 k (v5e; memory allows 130 k) and 51 k against 95 k
+    (v6e; 76 k); 8 blocks 81 k against 116 k (v6e). Of 4 blocks the gradients: 294 k against 346 k, 88 k against 121 k.
+    Blocks joined to fill lanes may take half as much arithmetic again as memory allows, about what the transposes cost.
 
     Args:
       m: rows of x. sizes: (k, p, s).
