@@ -100,7 +100,7 @@ def test_bad_input(change, message):
 
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-@pytest.mark.parametrize("sizes", [(1, 6, 128, 6, 128), (1, 32, 128, 32, 128), (2, 8, 256, 8, 256)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 12, 128, 12, 128), (1, 32, 128, 32, 128), (2, 8, 256, 8, 256)], ids=str)
 def test_compiles_for_every_tpu(topology, sizes):
     from structmat.parallel import topology_mesh
 
