@@ -20,11 +20,13 @@ FORWARD_GROUPS, BACKWARD_GROUPS = 2, 4
 class Tiles:
     """Attributes:
     tokens: rows of x in one grid step. group: rows of x that one GEMM by A takes. vmem: bytes the kernel may use.
+    cores: among which the gradients' kernel splits its rows, each with sums of its own.
     """
 
     tokens: int
     group: int
     vmem: int
+    cores: int = 1
 
 
 def tiles(kind: str, chip: Chip, m: int, sizes: tuple[int, int, int, int, int], size: int) -> Tiles | None:
@@ -42,7 +44,7 @@ def tiles(kind: str, chip: Chip, m: int, sizes: tuple[int, int, int, int, int], 
         tokens = min(most, -(-m // least) * least)
         held = _bytes(kind, tokens, group, sizes, size)
         if tokens % least == 0 and held <= 0.7 * chip.vmem and tokens * terms * n1 * n2 * m2 <= BODY:
-            return Tiles(tokens, group, held * 5 // 4 + SPILL)
+            return Tiles(tokens, group, held * 5 // 4 + SPILL, chip.cores if m > tokens else 1)
     return None
 
 

@@ -69,8 +69,8 @@ def forward(x: jax.Array, a: jax.Array, b: jax.Array, tiles: Tiles, interpret: A
         kernel,
         out_shape=jax.ShapeDtypeStruct((m, m1 * m2), x.dtype),
         grid=(m // bm,),
-        in_specs=[_panel(bm, n1 * n2), _whole(spread.shape), _whole(b.shape)],
-        out_specs=_panel(bm, m1 * m2),
+        in_specs=[_rows(bm, n1 * n2), _whole(spread.shape), _whole(b.shape)],
+        out_specs=_rows(bm, m1 * m2),
         scratch_shapes=[
             _words(terms * columns * bm * n1, x.dtype),
             pltpu.VMEM((columns * bm * m1, LANES), x.dtype),
@@ -85,17 +85,19 @@ def forward(x: jax.Array, a: jax.Array, b: jax.Array, tiles: Tiles, interpret: A
 def backward(
     x: jax.Array, dy: jax.Array, a: jax.Array, b: jax.Array, tiles: Tiles, interpret: Any = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x (M, n1 n2), dy (M, m1 m2) -> gradients of x, of a and of b, the last two in f32; M is whole token tiles.
+    """x (M, n1 n2), dy (M, m1 m2) -> gradients of x, of a and of b, the last two in f32; M is whole token tiles, as many
+    for every core.
 
     One pass over x and dy. Per row of x, as matrices: V = dy B^T, then dx = A V, dA = x V^T and dB = (A^T x)^T dy. The
     blocks of A's gradient are the diagonal ones of a product over g rows at once; the others are thrown away.
     """
     (terms, n1, m1), (_, n2, m2) = a.shape, b.shape
-    bm, group, m = tiles.tokens, tiles.group, x.shape[0]
+    bm, group, m, cores = tiles.tokens, tiles.group, x.shape[0], tiles.cores
+    steps = m // bm // cores
     rows_x, rows_y = group * n1, group * m1
 
     def kernel(x_ref, dy_ref, a_ref, at_ref, b_ref, dx_ref, da_ref, db_ref, x_rows, dy_rows, dx_rows):
-        @pl.when(pl.program_id(0) == 0)
+        @pl.when(pl.program_id(1) == 0)
         def _():
             da_ref[...] = jnp.zeros_like(da_ref)
             db_ref[...] = jnp.zeros_like(db_ref)
@@ -115,9 +117,9 @@ def backward(
                 wide = _dot(dys, b_ref[t], (1, 1))
                 v = [wide[q * rows_y : (q + 1) * rows_y].astype(x.dtype) for q in range(BACKWARD_GROUPS)]
                 dx = [total + _dot(a_ref[t], part) for total, part in zip(dx, v)]
-                da_ref[t] += sum(_dot(part, x_k, (1, 1)) for part, x_k in zip(v, xs))
+                da_ref[0, t] += sum(_dot(part, x_k, (1, 1)) for part, x_k in zip(v, xs))
                 u = jnp.concatenate([_dot(at_ref[t], x_k) for x_k in xs], axis=0)
-                db_ref[t] += _dot(u.T.astype(x.dtype), dys)
+                db_ref[0, t] += _dot(u.T.astype(x.dtype), dys)
             for k, part in zip(which, dx):
                 for c in range(n2 // LANES):
                     dx_rows[_at(k, rows_x, c * bm * n1), :] = part[:, c * LANES : (c + 1) * LANES].astype(x.dtype)
@@ -131,31 +133,33 @@ def backward(
         kernel,
         out_shape=(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct((terms, rows_y, rows_x), jnp.float32),
-            jax.ShapeDtypeStruct(b.shape, jnp.float32),
+            jax.ShapeDtypeStruct((cores, terms, rows_y, rows_x), jnp.float32),
+            jax.ShapeDtypeStruct((cores, *b.shape), jnp.float32),
         ),
-        grid=(m // bm,),
+        grid=(cores, steps),
         in_specs=[
-            _panel(bm, n1 * n2),
-            _panel(bm, m1 * m2),
+            _panel(bm, n1 * n2, steps),
+            _panel(bm, m1 * m2, steps),
             _whole(spread.shape),
             _whole(spread.mT.shape),
             _whole(b.shape),
         ],
-        out_specs=(_panel(bm, n1 * n2), _whole((terms, rows_y, rows_x)), _whole(b.shape)),
+        out_specs=(_panel(bm, n1 * n2, steps), _per_core((terms, rows_y, rows_x)), _per_core(b.shape)),
         scratch_shapes=[
             _words(n2 // LANES * bm * n1, x.dtype),
             _words(m2 // LANES * bm * m1, x.dtype),
             pltpu.VMEM((n2 // LANES * bm * n1, LANES), x.dtype),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=tiles.vmem),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem
+        ),
         cost_estimate=_cost(3, x, m1 * m2 + n1 * n2, a, b),
         name="kronecker_backward",
         interpret=interpret,
     )(x, dy, spread, spread.mT, b)
     # The same tiled identities as in `copies` add up the blocks.
-    kept = jnp.where(_diagonal(a.shape, group).T, da, 0)
-    return dx, jnp.einsum("rn,tcr,cm->tnm", _tiled(n1, group), kept, _tiled(m1, group), precision="highest"), db
+    kept = jnp.where(_diagonal(a.shape, group).T, da.sum(0), 0)
+    return dx, jnp.einsum("rn,tcr,cm->tnm", _tiled(n1, group), kept, _tiled(m1, group), precision="highest"), db.sum(0)
 
 
 def _to_rows(lanes_of: Any, rows: Any, groups: int, tokens: int, first: int = 0) -> None:
@@ -214,12 +218,22 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Arra
     return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _panel(tokens: int, width: int) -> pl.BlockSpec:
+def _rows(tokens: int, width: int) -> pl.BlockSpec:
+    """The tile of step i."""
     return pl.BlockSpec((tokens, width), lambda i: (i, 0))
 
 
+def _panel(tokens: int, width: int, steps: int) -> pl.BlockSpec:
+    """The tile of step i of core c."""
+    return pl.BlockSpec((tokens, width), lambda c, i: (c * steps + i, 0))
+
+
 def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
+
+def _per_core(shape: tuple[int, ...]) -> pl.BlockSpec:
+    return pl.BlockSpec((1, *shape), lambda c, i: (c, *[0] * len(shape)))
 
 
 def _cost(products: int, x: jax.Array, others: int, a: jax.Array, b: jax.Array) -> pl.CostEstimate:

@@ -39,10 +39,11 @@ def test_kernel_and_gradients_equal_the_reference(shape, dtype, tolerance):
         assert got.dtype == dtype and got.shape == want.shape and far(got, want) < tolerance
 
 
-def test_races_and_uninitialised_memory(capsys):
+@pytest.mark.parametrize("cores", [1, 2])
+def test_races_and_uninitialised_memory(cores, capsys):
     x, a, b, g = problem(64, 1, 2, 128, 2, 128)
     mode = strict(2)
-    tile = configs.Tiles(32, 8, 2**24)
+    tile = configs.Tiles(32, 8, 2**24, cores)
     expected, pull = jax.vjp(reference, x, a, b)
     assert far(api.tpu.forward(x, a, b, tile, mode), expected) < 1e-5
     for got, want in zip(api.tpu.backward(x, g, a, b, tile, mode), pull(g)):
@@ -76,6 +77,11 @@ def test_the_rule_says_what_and_why(chip, sizes, said):
     choice = choose(1024, sizes, jnp.bfloat16, CHIPS[chip])
     assert choice.implementation == ("xla" if said else "pallas") and said in choice.unsupported
     assert f"kron {sizes[2]} x {sizes[4]}" in choice.reason
+
+
+def test_few_rows_stay_with_xla():
+    choice = choose(256, (1, 32, 128, 32, 128), jnp.bfloat16, V5E)
+    assert choice.implementation == "xla" and not choice.unsupported and choice.reason.startswith("256 rows, fewer")
 
 
 def test_nothing_is_gained_where_dense_waits_for_memory():
