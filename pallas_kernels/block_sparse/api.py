@@ -121,7 +121,7 @@ def _backward(chip: Chip, interpret: Any, kept: Any, dy: jax.Array) -> tuple[jax
     tile = tiles("backward_values", chip, dy.shape[0], k, grid, size)
     x, dy = (whole_tiles(a, tile.tokens) for a in (x, dy))
     dw = tpu.backward_values(x, dy[: x.shape[0]], rows.reshape(-1), grid, tile, interpret)
-    return dx, dw.astype(values.dtype), None
+    return dx, dw, None
 
 
 product.defvjp(_forward, _backward)

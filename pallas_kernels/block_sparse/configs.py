@@ -48,4 +48,4 @@ def _bytes(kind: str, tokens: int, group: int, k: int, grid: tuple[int, int, int
         return 2 * size * (panel + strip + blocks) + 4 * tokens * s
     if kind == "backward_x":
         return 2 * size * (panel + strip + blocks) + 4 * panel + 4 * tokens * p
-    return 2 * size * (panel + strip) + 2 * 4 * blocks + 4 * p * s
+    return 2 * size * (panel + strip + blocks) + 4 * blocks + 4 * count * p * s
