@@ -43,6 +43,7 @@ class BlockLowRank(Structure):
         sharding="over k or l; none column-parallel, one all-reduce row-parallel",
         paper="Qiu et al. 2024; Dao et al. 2022",
         when="the common class of Monarch and block tensor train",
+        kernel="monarch",
     )
 
     def check(self) -> None:

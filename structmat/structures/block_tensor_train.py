@@ -63,6 +63,7 @@ class BlockTensorTrain(Structure):
         sharding="as block_low_rank; order='paper' adds an all-to-all",
         paper="Qiu et al. 2024",
         when="as Monarch, with a free rank",
+        kernel="monarch",
     )
 
     def check(self) -> None:

@@ -32,6 +32,7 @@ class Monarch(Structure):
         sharding="as block_low_rank; order='paper' adds an all-to-all",
         paper="Dao et al. 2022",
         when="full rank at a fraction of the FLOPs",
+        kernel="monarch",
     )
 
     def check(self) -> None:
