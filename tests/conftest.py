@@ -1,7 +1,7 @@
 """Before any test uses jax: the CPU platform, seen as 8 devices. Unsharded work stays on the first, at no cost.
 
-Programs are compiled without optimisation unless XLA_FLAGS says otherwise (`make test-long` does): the suite is mostly
-compile time, and this halves it.
+Programs are compiled without optimisation unless XLA_FLAGS says otherwise (`make test-long` does for runs that are killed
+or spread over processes): the suite is mostly compile time, and this halves it.
 """
 
 import os

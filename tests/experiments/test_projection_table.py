@@ -60,6 +60,7 @@ def test_the_command_exits_with_an_error_when_a_row_fails(monkeypatch, tmp_path)
     assert "1.001001 FAILS" in (tmp_path / "q.md").read_text()
 
 
+@pytest.mark.long
 def test_the_command(tmp_path):
     """From a shell, in pieces: rows that are not measured again stay."""
     out = tmp_path / "q.json"

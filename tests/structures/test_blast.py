@@ -86,6 +86,7 @@ def test_never_worse_than_low_rank(w):
     assert error(Blast(4, 8).bind(64, 64), w) < 0.99 * error(parse("low_rank(rank=8)").bind(64, 64), w)
 
 
+@pytest.mark.long
 def test_planted_members_are_recovered():
     """To 1e-6 in double precision from the SVD alone for positive couplings; for normal ones with a few random starts."""
     with jax.enable_x64(True):

@@ -161,6 +161,7 @@ def test_members_and_zero_come_back_balanced():
         assert not np.any(bound.materialize(zero)) and all(np.all(np.isfinite(c)) for c in zero.values())
 
 
+@pytest.mark.long
 def test_like_is_kept_where_it_is_better():
     with jax.enable_x64(True):
         bound = bind(1, 8, 8, cores=3)

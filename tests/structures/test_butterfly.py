@@ -225,6 +225,7 @@ def test_more_passes_come_nearer():
     assert errors[1] < 0.2 * errors[0] and errors[2] < errors[1]
 
 
+@pytest.mark.long
 def test_phases_of_rows_and_columns_do_not_matter():
     """They are absorbed by the outer stages, so a complex matrix of turned real entries is met as the real one."""
     i = np.arange(16)
@@ -259,6 +260,7 @@ def test_diagonal_grams_are_absorbed(text):
     assert weighted == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.long
 def test_projection_of_a_stack():
     w = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
     bound = structmat.parse("butterfly(depth=2)").bind(8, 8)

@@ -215,6 +215,7 @@ def test_projection_is_optimal_inside_the_cube():
     np.testing.assert_allclose(best, w, atol=1e-5, err_msg="full rank is every matrix")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("side", "ins", "outs"),
     [

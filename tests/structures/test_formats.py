@@ -57,6 +57,7 @@ def relative(form, cores, tensor):
 # -- contraction and materialisation -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @every
 @pytest.mark.parametrize("shape", [(7,), (4, 5), (3, 5, 4), (2, 3, 4, 3)], ids=str)
 def test_contract_and_materialize(kind, shape):

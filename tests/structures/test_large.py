@@ -257,6 +257,7 @@ def test_it_is_taken_only_where_asked_and_where_it_pays():
     assert current_svd().name == "exact" and names(300, 3) == exact
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", ["low_rank(rank=2)", "low_rank(rank=2) + diagonal()"])
 def test_methods_are_compiled_apart(text):
     """What was projected exactly before is projected anew, also the inner loop of a sum (alone at work from zeros)."""

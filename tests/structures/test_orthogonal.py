@@ -173,6 +173,7 @@ def test_projection_is_the_leading_singular_subspaces(n, m, k):
     assert np.linalg.norm(w - found.materialize()) == pytest.approx(error, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("d", [6, 9, 32])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_orthogonal_matrices_are_kept(d, sign):
@@ -196,6 +197,7 @@ def test_degenerate_matrices():
         np.testing.assert_allclose(singular_values(bound, params), [1, 1, 1, 0, 0], atol=2e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "m", "side"), [(5, 8, "in_gram"), (8, 5, "out_gram"), (6, 6, "in_gram")])
 @pytest.mark.parametrize("kind", ["full", "diagonal"])
 def test_procrustes(n, m, side, kind):

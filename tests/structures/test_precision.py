@@ -68,6 +68,7 @@ def test_single_precision_loses_only_its_rounding(case):
             assert single - double < 8 * EPS * np.linalg.norm(w), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", ["low_rank(rank=6)", "low_rank(rank=12)", "spectral(rank=12)"])
 @pytest.mark.parametrize("sides", ["in", "out", "both"])
 def test_ill_conditioned_grams_cost_no_digits(text, sides):

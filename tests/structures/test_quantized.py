@@ -71,6 +71,7 @@ def test_levels_are_ascending_and_hold_zero(bits, grid):
         assert (levels[0], levels[-1]) == (-1, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("size", [1, 5, 24])
 def test_packing_is_a_round_trip_of_the_bytes_it_says(bits, size):
@@ -115,6 +116,7 @@ def test_optimal_scales_equal_brute_force_over_all_codes(bits, grid, group, weig
     np.testing.assert_allclose(np.sum(weights * found**2, axis=1), best, atol=1e-12)
 
 
+@pytest.mark.long
 @every_form
 def test_never_worse_than_plain_rounding(bits, grid, symmetric):
     """Of every single group, against rounding to the range of the group in numpy."""

@@ -196,6 +196,7 @@ def test_dora_projection_refits_magnitudes():
     assert not bound.exact and setup("dora(dense())")[0].exact
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("a", ["block_tensor_train(rank=1, cores=3)", "low_rank(rank=2)"])
 def test_dora_refit_is_least_squares_in_the_weighted_norm(a):
     bound, _ = setup(f"dora({a})", 16, 16)

@@ -71,6 +71,7 @@ def test_every_sweep_lowers_the_error(monkeypatch):
         assert np.linalg.norm(w - bound.materialize(params)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spoiled", [0, 1])
 def test_a_worse_step_is_rejected(spoiled, monkeypatch):
     """A term whose projection returns noise changes nothing; the other terms go on."""
@@ -160,6 +161,7 @@ def test_bfloat16_sums_are_projected_in_float32():
         assert np.linalg.norm(w - np.asarray(bound.materialize(found), np.float32)) < best * 1.02
 
 
+@pytest.mark.long
 def test_the_order_of_the_terms_does_not_matter():
     """Both greedy orders are descended from: greedy 4-bit rounding first would leave low rank its rounding errors only."""
     rng = np.random.default_rng(11)

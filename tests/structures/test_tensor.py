@@ -13,6 +13,7 @@ from structmat.structures.tensor import TensorTrainFormat, maximal_ranks
 SHAPES = [((4, 5, 6), 3), (((2, 3), (4, 5)), 4), ((7,), 1), ((2, 3, 2, 3, 2), 2)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("modes", "rank"), SHAPES, ids=str)
 def test_init_has_the_stated_entries(modes, rank):
     """The entries' standard deviation is `std`: the cores' carry the root of the product of ranks."""

@@ -72,6 +72,7 @@ def test_fixed_transforms_are_those_of_scipy(text, n):
     np.testing.assert_allclose(w @ w.conj().T, np.eye(n), atol=1e-13, err_msg="the reference itself is not unitary")
 
 
+@pytest.mark.long
 @sized(4096, 4095)
 def test_long_products_in_single_precision(text, n):
     bound, x = bind(text, n), normal(2, n, dtype=np.float32)
