@@ -32,7 +32,7 @@ test: $(VENV)/.test  ## the default suite, under 10 minutes on 2 cores
 test test-long: export JAX_PLATFORMS = cpu
 test-long: $(VENV)/.tpu  ## ahead-of-time TPU compiles, several processes, end-to-end runs
 	$(BIN)/python -m pytest -n 2 -m 'tpu_aot or long' $(PYTEST_ARGS)
-	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -n 1 -m 'multiprocess or notebooks or torture' $(PYTEST_ARGS)
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -n 1 -m 'multiprocess or notebooks or torture or optimised' $(PYTEST_ARGS)
 
 bench: $(VENV)/.core
 	$(BIN)/python -m experiments.bench --suite=cpu

@@ -187,7 +187,7 @@ def train(shape):
     return np.array(rows), sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("optimised", [False, pytest.param(True, marks=pytest.mark.long)], indirect=True)
+@pytest.mark.parametrize("optimised", [False, pytest.param(True, marks=pytest.mark.optimised)], indirect=True)
 def test_training_step_agrees_with_one_device(optimised):
     want, whole = train((1, 1, 1))
     got, part = train((2, 2, 2))
