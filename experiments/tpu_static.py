@@ -8,7 +8,6 @@ looked up again at every start, so that they are today's.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import time
 from pathlib import Path
@@ -129,7 +128,8 @@ def estimated(row: dict[str, Any], dense: dict[str, Any] | None, limit: float) -
         if noted := {k: v for k, v in held.items() if v and k not in ("cycles", "why", "parts")}:
             notes[name] = noted
     facts = {"cycles": cycles, "why": why, "notes": notes, "scaled": scaled}
-    return row | facts | {"commit": environment.versions().get("git", "")}
+    versions = environment.versions()
+    return row | facts | {"commit": versions.get("git", ""), "libtpu": versions.get("libtpu", "")}
 
 
 def run(out: Path, minutes: float, only: str, fresh: bool, limit: float) -> list[dict[str, Any]]:
@@ -160,7 +160,7 @@ def record_of(rows: list[dict[str, Any]], seconds: float) -> Record:
     return Record.create(
         name="tpu_static",
         kind="bench",
-        config={"label": LABEL, "libtpu": importlib.metadata.version("libtpu"), "clocks": CLOCKS, "tokens": TOKENS},
+        config={"label": LABEL, "clocks": CLOCKS, "tokens": TOKENS},
         structures={},
         seed=0,
         data_hash="",
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> None:
         return
     record = Record.read(out)
     about = (
-        f"jax {record.versions['jax']}, libtpu {record.config['libtpu']}, {record.date}, `{record.command}`. Thousands of "
+        f"jax {record.versions['jax']}, libtpu {record.versions.get('libtpu', '(unknown)')}, {record.date}, `{record.command}`. Thousands of "
         "cycles of one device by libtpu's static profile, bf16; `both` is y and the gradients of x and of every weight. "
         f"Ratios compare max(cycles, memory floor). ~: scaled from {FEWER} tokens, where the profiler failed at {TOKENS}; +: with "
         "parts missing or counted at the peak rate, as the Record notes. "

@@ -1,5 +1,6 @@
 """The facts about this machine and this code that a Record keeps."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,7 @@ import jax
 import structmat
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+OPTIONAL = ("libtpu",)
 # bf16 peak of one device, dense, in FLOP/s, by what jax calls it (first match wins); makers' data sheets
 PEAKS = (
     ("TPU v4", 275e12),
@@ -41,6 +43,9 @@ def versions() -> dict[str, str]:
     """Python, the packages that matter, structmat, and the git commit of structmat if it runs from a clone."""
     found = {"python": platform.python_version(), "structmat": structmat.__version__}
     found |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    for name in OPTIONAL:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     commit = git_commit(Path(structmat.__file__).parent)
     return found | ({"git": commit} if commit else {})
 
