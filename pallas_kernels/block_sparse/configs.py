@@ -19,25 +19,62 @@ class Tiles:
     vmem: int
 
 
+STEP = 4e-7
+"""Seconds a grid step costs however little it does, 500 to 800 cycles."""
+REFILL = 32
+"""Rows' worth of time a matrix unit loses when it takes up other weights."""
+
+ENOUGH = 256
+"""Token tile of the gradient of x from which larger ones no longer pay, unless weights read again bound the kernel: 107 k
+profiled cycles on v5e at 256 rows, 114 k at 512, 141 k at 1,024."""
+
+
 def tiles(kind: str, chip: Chip, m: int, k: int, grid: tuple[int, int, int, int], size: int) -> Tiles | None:
     """Tiles of one kernel (`forward`, `backward_x`, `backward_values`), or None where nothing fits the chip.
 
-    grid is (C, R, p, s), size the bytes of an entry. Large token tiles come first, because weights are read again for
-    every one of them, then as many columns as keep a step's body within 64 dots and VMEM. For the gradient of the blocks
-    it is the other way round: columns first, because x is read again for every column group. Three tenths of VMEM are left
-    to XLA, which keeps its own operands there.
+    Of those that fit, the ones `seconds` finds fastest. grid is (C, R, p, s), size the bytes of an entry. The body of a
+    step of the first two has at most 64 dots, which keeps compiling short. Three tenths of VMEM are left to XLA, which
+    keeps its own operands there.
     """
     columns, count, _, s = grid
     groups = [g for g in range(columns, 0, -1) if columns % g == 0]
+    if kind != "backward_values":
+        groups = [g for g in groups if g * count <= 64 and g * s <= 1024] or [1]
     limit = int(0.7 * chip.vmem)
     tokens = token_tiles(m, size)
-    if kind == "backward_values":
-        fits = ((t, g) for g in groups for t in tokens if _bytes(kind, t, g, k, grid, size) <= limit)
-    else:
-        few = [g for g in groups if g * count <= 64 and g * s <= 1024] or [1]
-        fits = ((t, g) for t in tokens for g in few if _bytes(kind, t, g, k, grid, size) <= limit)
-    found = next(fits, None)
-    return None if found is None else Tiles(*found, _bytes(kind, *found, k, grid, size) * 5 // 4 + SPILL)
+    if kind == "backward_x":
+        tokens = [t for t in tokens if t <= max(ENOUGH, 1.5 * chip.ridge)] or tokens[-1:]
+    fits = [(t, g) for t in tokens for g in groups if _bytes(kind, t, g, k, grid, size) <= limit]
+    if not fits:
+        return None
+    found = min(fits, key=lambda tile: seconds(kind, chip, *tile, m, k, grid, size))
+    return Tiles(*found, _bytes(kind, *found, k, grid, size) * 5 // 4 + SPILL)
+
+
+def seconds(
+    kind: str, chip: Chip, tokens: int, group: int, m: int, k: int, grid: tuple[int, int, int, int], size: int
+) -> float:
+    """About what a kernel takes: arithmetic or traffic, the steps, and what nothing hides, the first loads and the last store.
+
+    Large token tiles have the weights, or many columns x, read fewer times; small ones start sooner and leave no core of
+    several idle. On v5e (n 4096, 1,024
+    tokens, 25% of blocks of 128) the profiled cycles of the gradients of x are 141 k for tiles of 1,024 x 8, 107 k for
+    256 x 8; of the blocks 116 k for 1,024 x 32, 96 k for 512 x 8; of the forward pass 93 k for 1,024 x 8, 84 k for 512 x 8.
+    """
+    columns, count, p, s = grid
+    steps = -(-m // tokens) * (columns // group)
+    panel, strip, blocks = tokens * k, tokens * group * s, group * count * p * s
+    first, last = {
+        "forward": (panel + blocks, strip),
+        "backward_x": (strip + blocks, panel),
+        "backward_values": (panel + strip, blocks),
+    }[kind]
+    again = m * k * (columns // group) if kind == "backward_values" else m * k + blocks * steps
+    traffic = size * (again + m * columns * s + (columns * count * p * s if kind == "backward_values" else 0))
+    outer = columns // group if kind == "backward_values" else -(-m // tokens)
+    uneven = -(-outer // chip.cores) * chip.cores / outer
+    arithmetic = 2 * m * columns * count * p * s / chip.flops * (1 + REFILL / tokens) * (size / 2) * uneven
+    return max(arithmetic, traffic / chip.bandwidth) + size * (first + last) / chip.bandwidth + steps * STEP
 
 
 def _bytes(kind: str, tokens: int, group: int, k: int, grid: tuple[int, int, int, int], size: int) -> int:

@@ -92,11 +92,11 @@ def backward_x(
 
             def add(i: jax.Array | int, _: int) -> int:
                 slots = [i * stretch + r for r in range(stretch)]
-                weight = jnp.concatenate([w_ref[g, r] for r in slots], axis=0)
-                parts = lax.dot_general(part, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-                for q, r in enumerate(slots):
+                for r in slots:
                     row = pl.multiple_of(row_of[(step * group + g) * count + r] * p, p)
-                    total[:, pl.ds(row, p)] += parts[:, q * p : (q + 1) * p]
+                    total[:, pl.ds(row, p)] += lax.dot_general(
+                        part, w_ref[g, r], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+                    )
                 return 0
 
             return repeat(count // stretch, 1, add, 0)
