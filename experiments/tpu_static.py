@@ -1,6 +1,6 @@
 """The TPU compiler's estimates of every kernel beside dense and XLA: `python -m experiments.tpu_static`.
 
-A fixed list of products on four chips, forward and with all gradients; no TPU needed, and nothing is measured. Rows are
+A fixed list of products on TPUs, forward and with all gradients; no TPU needed, and nothing is measured. Rows are
 kept in `--out` as they finish; run again it goes on where it stopped, `--fresh` starts over. The rule's choices are
 looked up again at every start, so that they are today's.
 """
@@ -16,8 +16,8 @@ from typing import Any
 from absl import app
 
 from experiments.own_flags import OwnFlags
-from experiments.products import OPS, Product
-from experiments.static_cycles import CLOCKS, DIRECTIONS, IMPLEMENTATIONS, TOPOLOGIES, Estimate, estimate
+from experiments.products import Product
+from experiments.static_cycles import CLOCKS, DIRECTIONS, IMPLEMENTATIONS, Estimate, analysed, estimate
 from experiments.tpu_static_table import LABEL, judged, name_of, report
 from pallas_kernels import CHIPS
 from structmat.training import environment
@@ -27,27 +27,27 @@ TOKENS = 1024
 FEWER = 256
 """Tokens of the second try, scaled, where the profiler fails: its time grows with the number of tiles."""
 
-CASES: list[tuple[str, dict[str, float], tuple[int, ...]]] = [
-    *[
-        ("block_sparse", {"block": block, "density": density}, (4096,))
-        for block in (128, 256)
-        for density in (0.5, 0.25, 0.125, 0.0625)
-    ],
-    ("block_sparse", {"block": 128, "density": 0.25}, (1024, 8192)),
-    ("monarch", {"blocks": 4}, (1024, 4096)),
-    ("monarch", {"blocks": 8}, (4096, 8192)),
-    ("monarch", {"blocks": 16}, (4096,)),
-    ("block_diagonal", {"blocks": 4}, (4096,)),
-    ("block_diagonal", {"blocks": 16}, (4096, 8192)),
-    ("low_rank_plus_block_sparse", {"rank": 128, "block": 128, "density": 0.125}, (4096,)),
-    ("low_rank_plus_block_sparse", {"rank": 128, "block": 256, "density": 0.125}, (4096,)),
-    ("kronecker", {"major": 8, "terms": 1}, (1024, 4096)),
-    ("kronecker", {"major": 32, "terms": 1}, (4096, 8192)),
-    ("kronecker", {"major": 32, "terms": 2}, (4096,)),
-    ("low_rank", {"rank": 128}, (1024, 4096, 8192)),
-    ("low_rank", {"rank": 512}, (4096,)),
+NARROW, WIDE = ("v5e",), ("v6e",)
+BOTH = ("v5e", "v6e")
+CASES: list[tuple[str, dict[str, float], tuple[int, ...], tuple[str, ...]]] = [
+    *[("block_sparse", {"block": 128, "density": d}, (4096,), NARROW) for d in (0.5, 0.25, 0.125, 0.0625)],
+    *[("block_sparse", {"block": 256, "density": d}, (4096,), WIDE) for d in (0.5, 0.25, 0.125, 0.0625)],
+    ("block_sparse", {"block": 128, "density": 0.25}, (4096,), ("v5p", "v6e")),
+    ("block_sparse", {"block": 256, "density": 0.25}, (4096,), ("v7x",)),
+    ("block_sparse", {"block": 128, "density": 0.25}, (8192,), NARROW),
+    ("monarch", {"blocks": 4}, (4096,), (*BOTH, "v5p")),
+    ("monarch", {"blocks": 8}, (4096,), (*BOTH, "v7x")),
+    ("monarch", {"blocks": 16}, (4096,), BOTH),
+    ("block_diagonal", {"blocks": 4}, (4096,), BOTH),
+    ("block_diagonal", {"blocks": 16}, (4096,), BOTH),
+    ("low_rank_plus_block_sparse", {"rank": 128, "block": 128, "density": 0.125}, (4096,), NARROW),
+    ("low_rank_plus_block_sparse", {"rank": 128, "block": 256, "density": 0.125}, (4096,), WIDE),
+    ("kronecker", {"major": 8, "terms": 1}, (4096,), BOTH),
+    ("kronecker", {"major": 32, "terms": 1}, (4096,), BOTH),
+    ("low_rank", {"rank": 128}, (4096,), BOTH),
+    ("low_rank", {"rank": 512}, (4096,), BOTH),
 ]
-"""(operation, sizes, widths)."""
+"""(operation, sizes, widths, chips): the shapes of kernels' own tables, blocks as wide as the chip's matrix units."""
 
 flags = OwnFlags()
 _OUT = flags.DEFINE_string("out", "results/bench/tpu_static.json", "Record JSON to write, with the .md beside it")
@@ -61,11 +61,10 @@ def plan() -> list[dict[str, Any]]:
     """What every row is of: op, sizes, case, n, tokens, chip, direction."""
     return [
         {"op": op, "sizes": sizes, "case": _case(op, sizes), "n": n, "tokens": TOKENS, "chip": chip, "direction": d}
-        for op, sizes, widths in CASES
+        for op, sizes, widths, chips in CASES
         for n in widths
-        for chip in TOPOLOGIES
+        for chip in chips
         for d in DIRECTIONS
-        if op in OPS
     ]
 
 
@@ -96,14 +95,14 @@ def with_rule(row: dict[str, Any]) -> dict[str, Any]:
 
 def estimated(row: dict[str, Any], dense: dict[str, Any] | None, limit: float) -> dict[str, Any]:
     """row with the cycles of every implementation, the reason where there are none, notes of the estimate (GEMMs counted
-    at the peak rate, kernels taken alone), and which are scaled.
+    at the peak rate, kernels taken alone), which are scaled, and which the cost analysis stands in for.
 
     Args:
       dense: a finished row of the same width, tokens, chip and direction, whose dense cycles are these too.
     """
     product = Product(row["op"], row["tokens"], row["n"], row["sizes"])
     refused = product.choice(CHIPS[row["chip"]]).unsupported
-    cycles, why, notes, scaled = {}, {}, {}, []
+    cycles, why, notes, scaled, costs = {}, {}, {}, [], []
     for name in IMPLEMENTATIONS:
         if name == "dense" and dense:
             cycles[name] = dense["cycles"][name]
@@ -124,12 +123,21 @@ def estimated(row: dict[str, Any], dense: dict[str, Any] | None, limit: float) -
                     found = dataclasses.replace(found, cycles=found.cycles * row["tokens"] // FEWER)
                     scaled.append(name)
         cycles[name] = found.cycles
+        if name == "xla" and found.cycles is None and cycles["dense"] and "dense" not in scaled:
+            cycles[name] = _beside_dense(product, row, cycles["dense"], limit)
+            costs += [name] * (cycles[name] is not None)
         held = dataclasses.asdict(found)
         if noted := {k: v for k, v in held.items() if v and k not in ("cycles", "why", "parts")}:
             notes[name] = noted
-    facts = {"cycles": cycles, "why": why, "notes": notes, "scaled": scaled}
+    facts = {"cycles": cycles, "why": why, "notes": notes, "scaled": scaled, "analysed": costs}
     versions = environment.versions()
     return row | facts | {"commit": versions.get("git", ""), "libtpu": versions.get("libtpu", "")}
+
+
+def _beside_dense(product: Product, row: dict[str, Any], dense: int, limit: float) -> int | None:
+    """Cycles of XLA's program where the profiler fails: those of dense, times the ratio of both by XLA's cost analysis."""
+    whole, ours = (analysed(product, row["chip"], name, row["direction"], limit) for name in ("dense", "xla"))
+    return round(dense * ours / whole) if whole and ours else None
 
 
 def run(out: Path, minutes: float, only: str, fresh: bool, limit: float) -> list[dict[str, Any]]:
@@ -183,7 +191,8 @@ def main(argv: list[str]) -> None:
         f"jax {record.versions['jax']}, libtpu {record.versions.get('libtpu', '(unknown)')}, {record.date}, `{record.command}`. Thousands of "
         "cycles of one device by libtpu's static profile, bf16; `both` is y and the gradients of x and of every weight. "
         f"Ratios compare max(cycles, memory floor). ~: scaled from {FEWER} tokens, where the profiler failed at {TOKENS}; +: with "
-        "parts missing or counted at the peak rate, as the Record notes. "
+        "parts missing or counted at the peak rate, as the Record notes; ?: the profiler fails, dense times the ratio of both "
+        "by XLA's cost analysis. "
         "The bound is n / (2 ridge), docs/kernels.md."
     )
     report(rows, out, about)

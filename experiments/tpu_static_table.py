@@ -54,12 +54,15 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]], style: box.Box) -> Table:
-    """Thousands of cycles; ~ marks a figure scaled from fewer tokens, + one of which the Record notes what is missing."""
+    """Thousands of cycles; ~ marks a figure scaled from fewer tokens, + one of which the Record notes what is missing, ? one by
+    cost analysis alone."""
     names = [*(f"{c} kcyc" for c in COLUMNS), "floor kcyc", "rule", "over XLA", "over dense", "FLOPs saved", "bound"]
     made = Table("product", "n", "tokens", "chip", "direction", *names, box=style)
     number = lambda value, form: "-" if value is None else format(value, form)
     for r in sorted(rows, key=lambda r: (r["direction"] == "both", r["chip"], r["n"], r["case"])):
-        marks = lambda name, r=r: "~" * (name in r["scaled"]) + "+" * (name in r["notes"])
+        marks = lambda name, r=r: (
+            "~" * (name in r["scaled"]) + "+" * (name in r["notes"]) + "?" * (name in r["analysed"])
+        )
         cells = [marks(c) + number(r["cycles"][c] and r["cycles"][c] / 1e3, ".1f") for c in COLUMNS]
         cells += [f"{r['floor'] / 1e3:.1f}", r["rule"], number(r["over_xla"], ".2f"), number(r["speedup"], ".2f")]
         cells += [f"{r['flop_reduction']:.1f}", f"{r['bound']:.1f}"]
