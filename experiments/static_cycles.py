@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,8 @@ IMPLEMENTATIONS = ("dense", "xla", "pallas")
 DIRECTIONS = ("forward", "both")
 WHOLE = -1
 COSTS = -2
+MEMORY = 8 * 2**30
+"""Bytes a compile may take: the profiler's memory grows with the loops of a program, without end for some."""
 
 flags = OwnFlags()
 _CHIP = flags.DEFINE_enum("chip", "v5e", list(TOPOLOGIES), "chip to compile for")
@@ -219,6 +222,7 @@ def compile_product(product: Product, chip: str, implementation: str, direction:
 
 def main(_: Sequence[str]) -> None:
     if _COMPILE.value:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         fields, *rest = json.loads(_COMPILE.value)
         print(compile_product(Product(**fields), *rest))
         return
