@@ -76,7 +76,12 @@ def estimate(
       implementation: `dense` (the same sizes as one GEMM), `xla` or `pallas`.
       direction: `forward`, or `both` for the product and all its gradients.
     """
-    found = _profile(product, chip, implementation, direction, WHOLE, limit)
+    gathers = bool(OPS[product.op].indices)
+    if gathers and implementation == "xla":
+        return Estimate(None, "the profiler aborts, or takes all memory, on programs that gather by an index array")
+    found = Estimate(None)
+    if not (gathers and implementation == "pallas"):
+        found = _profile(product, chip, implementation, direction, WHOLE, limit)
     if found.cycles or implementation != "pallas":
         return found
     kernels: dict[str, int] = {}

@@ -16,7 +16,7 @@ from typing import Any
 from absl import app
 
 from experiments.own_flags import OwnFlags
-from experiments.products import Product
+from experiments.products import OPS, Product
 from experiments.static_cycles import CLOCKS, DIRECTIONS, IMPLEMENTATIONS, Estimate, analysed, estimate
 from experiments.tpu_static_table import LABEL, judged, name_of, report
 from pallas_kernels import CHIPS
@@ -116,7 +116,7 @@ def estimated(row: dict[str, Any], dense: dict[str, Any] | None, limit: float) -
             found = estimate(product, row["chip"], name, row["direction"], limit)
         if found.cycles is None:
             why[name] = found.why
-            if not (name == "pallas" and refused):
+            if not (name == "pallas" and refused) and not (name == "xla" and OPS[row["op"]].indices):
                 fewer = Product(row["op"], FEWER, row["n"], row["sizes"])
                 found = estimate(fewer, row["chip"], name, row["direction"], limit)
                 if found.cycles is not None:

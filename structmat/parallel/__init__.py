@@ -30,14 +30,18 @@ from structmat.parallel.rules import (
     state_shardings,
     unbox,
 )
+from structmat.parallel.traffic import LINKS, Links, Sent, traffic
 
 __all__ = [
     "AXES",
     "DEFAULT_RULES",
+    "LINKS",
     "AxisRules",
     "LeafPlan",
+    "Links",
     "MeshError",
     "Program",
+    "Sent",
     "Traffic",
     "batch_sharding",
     "bytes_per_device",
@@ -56,5 +60,6 @@ __all__ = [
     "spec_for",
     "state_shardings",
     "topology_mesh",
+    "traffic",
     "unbox",
 ]

@@ -88,23 +88,28 @@ def collectives(hlo: str) -> dict[str, Traffic]:
     A collective in a loop body counts once per iteration where the compiler knows the trip count, else once; one in a
     branch counts as if taken.
     """
-    computations = dict(_computations(hlo))
     found: dict[str, Traffic] = {}
+    for kind, size, times, _ in sent(hlo):
+        old = found.get(kind, Traffic(0, 0))
+        found[kind] = Traffic(old.count + times, old.bytes + times * size)
+    return {kind: found[kind] for kind in KINDS if kind in found}
 
-    def visit(name: str, times: int) -> None:
+
+def sent(hlo: str) -> Iterator[tuple[str, int, int, str]]:
+    """(kind, bytes of the results on one device, how often it runs, the instruction) of every collective of a module."""
+    computations = dict(_computations(hlo))
+
+    def visit(name: str, times: int) -> Iterator[tuple[str, int, int, str]]:
         for line in computations.get(name, ()):
             if hit := _COLLECTIVE.search(line):
                 kind, phase = hit["kind"], hit["phase"]
-                size = _result_bytes(hit["result"], phase == "-start" and kind != "all-reduce")
-                old = found.get(kind, Traffic(0, 0))
-                found[kind] = Traffic(old.count + times, old.bytes + times * size)
+                yield kind, _result_bytes(hit["result"], phase == "-start" and kind != "all-reduce"), times, line
             inner = times * int(trip[1]) if (trip := _TRIPS.search(line)) else times
             for group in _CALLED.finditer(line):
                 for called in re.findall(r"[\w.\-]+", group[1]):
-                    visit(called, inner)
+                    yield from visit(called, inner)
 
-    visit(next((n for n in computations if n.startswith("ENTRY ")), ""), 1)
-    return {kind: found[kind] for kind in KINDS if kind in found}
+    return visit(next((n for n in computations if n.startswith("ENTRY ")), ""), 1)
 
 
 _COLLECTIVE = re.compile(rf"= (?P<result>.+?) (?P<kind>{'|'.join(KINDS)})(?P<phase>-start)?\(")

@@ -32,11 +32,16 @@ def optimizer_for(config: ConfigDict, task: Task) -> tuple[optax.GradientTransfo
 
 def compile_step(task: Task, step: Step, template: TrainState, mesh: Mesh) -> jax.stages.Compiled:
     """The step compiled for the state's layout, state donated; to be called with the mesh set."""
+    return lower_step(task, step, template, mesh).compile()
+
+
+def lower_step(task: Task, step: Step, template: TrainState, mesh: Mesh) -> jax.stages.Lowered:
+    """The program `compile_step` compiles."""
     sharded = batch_sharding(mesh)
     batch = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharded) for n, s in task.batch.items()}
     places = jax.tree.map(lambda leaf: leaf.sharding, template)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, PartitionSpec())))
-    return jitted.lower(template, batch).compile()
+    return jitted.lower(template, batch)
 
 
 def make_eval_step(task: Task, mesh: Mesh) -> EvalStep:

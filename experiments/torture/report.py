@@ -1,0 +1,56 @@
+"""The table of a torture run, on the screen and as Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments.torture.figures import Row
+from structmat.training.record import Record
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """A row with its count."""
+    return dataclasses.asdict(row) | {"held": row.held}
+
+
+def table(figures: dict[str, Any], style: box.Box) -> Table:
+    """One line per row of every figure."""
+    made = Table("figure", "what", "aim", "held", "notes", "seconds", "seed", "date (UTC)", "commit", box=style)
+    for found in figures.values():
+        for n, row in enumerate(found["rows"]):
+            held = f"{row['held']}/{row['tried']}" + ("" if not row["failures"] else " DOES NOT HOLD")
+            notes = ", ".join(f"{name} {value}" for name, value in row["notes"].items())
+            cost = [f"{found['seconds']:.0f}" if n == 0 else "", str(found["seed"]), found["date"][:16]]
+            made.add_row(row["id"], row["title"], row["aim"], held, notes, *cost, found["git"][:7])
+    return made
+
+
+def report(record: Record, out: Path) -> int:
+    """Print the table and every failure, write both as Markdown beside the Record; the number of failures."""
+    figures = record.metrics["figures"]
+    failures = [(row["id"], text) for f in figures.values() for row in f["rows"] for text in row["failures"]]
+    Console(width=None if sys.stdout.isatty() else 200).print(table(figures, box.ROUNDED))
+    for id, text in failures:
+        print(f"{id} {text}")
+    with out.with_suffix(".md").open("w") as file:
+        page = Console(file=file, width=250)
+        commands = "".join(f"\n- `{command}`" for command in dict.fromkeys(f["command"] for f in figures.values()))
+        page.print(
+            f"# What runs survive\n\n{record.device['cpu']}, {record.device['cores']} cores, CPU devices, jax "
+            f"{record.versions['jax']}, Python {record.versions['python']}; last measured {record.date}. "
+            f"Held / tried; measured with{commands}\n",
+            soft_wrap=True,
+            markup=False,
+        )
+        page.print(table(figures, box.MARKDOWN))
+        page.print("\nDid not hold:\n" if failures else "\nEverything tried held.", soft_wrap=True)
+        for id, text in failures:
+            page.print(f"- {id} {text}", soft_wrap=True, markup=False)
+    return len(failures)

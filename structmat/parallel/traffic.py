@@ -1,0 +1,106 @@
+"""What a compiled step sends over which mesh axis, and the least time that takes on a TPU's links."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from pallas_kernels import Chip
+from structmat.parallel.report import sent
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """One chip: `hbm` bytes of memory; bytes/s it can send, each way, over the links of its slice (`ici`) and out of it
+    (`dcn`)."""
+
+    hbm: float
+    ici: float
+    dcn: float
+
+
+LINKS = {
+    "v4": Links(32 * 2**30, 300e9, 6.25e9),
+    "v5e": Links(16e9, 200e9, 3.125e9),
+    "v5p": Links(95 * 2**30, 600e9, 6.25e9),
+    "v6e": Links(32e9, 400e9, 12.5e9),
+    "v7x": Links(96e9, 300e9, 6.25e9),
+}
+"""Per device as jax sees it, from Google's pages on each chip (both directions of a link share the printed figure). A v4
+device is a whole chip (megacore), a v7x device half a chip. Where a page gives no DCN figure it is taken as 50 Gbit/s."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """Collectives of one kind over the same mesh axes.
+
+    Attributes:
+      kind: such as `all-gather`. axes: mesh axes along which the devices of a group differ.
+      parts: devices in a group. count: how often one runs per call. bytes: of the results, and wire: a device sends by
+        the ring algorithm, per call.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    parts: int
+    count: int
+    bytes: int
+    wire: int
+
+
+def traffic(hlo: str, mesh: Mesh) -> list[Sent]:
+    """Every kind and set of axes in an optimised HLO module compiled for `mesh`, most bytes first."""
+    found: dict[tuple[str, tuple[str, ...]], Sent] = {}
+    for kind, size, times, line in sent(hlo):
+        axes, parts = crossed(line, mesh)
+        wire = {
+            "all-reduce": 2 * size * (parts - 1) // parts,
+            "reduce-scatter": size * (parts - 1),
+            "collective-permute": size,
+        }.get(kind, size * (parts - 1) // parts)
+        old = found.get((kind, axes), Sent(kind, axes, parts, 0, 0, 0))
+        more = {"count": old.count + times, "bytes": old.bytes + times * size, "wire": old.wire + times * wire}
+        found[kind, axes] = dataclasses.replace(old, **more)
+    return sorted(found.values(), key=lambda s: -s.wire)
+
+
+def crossed(line: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
+    """(mesh axes a collective's groups extend along, devices in a group) of an HLO instruction."""
+    groups = np.asarray(_groups(line, mesh.size))
+    places = np.stack(np.unravel_index(groups, mesh.devices.shape))
+    varies = (places != places[:, :, :1]).any(axis=(1, 2))
+    return tuple(axis for axis, v in zip(mesh.axis_names, varies) if v), groups.shape[1]
+
+
+def _groups(line: str, devices: int) -> Sequence[Sequence[int]]:
+    """The groups of a collective by position in the mesh; of a permutation, its pairs."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\d+,\d+", pairs[1])]
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape = [int(n) for n in iota[3].split(",")]
+        ids = np.arange(math.prod(shape)).reshape(shape)
+        if iota[4]:
+            ids = ids.transpose([int(n) for n in iota[4].split(",")])
+        return ids.reshape(int(iota[1]), int(iota[2])).tolist()
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    return [list(range(devices))]
+
+
+def seconds(found: Sequence[Sent], chip: Chip, slices: int = 1) -> float:
+    """The least time the collectives take, one after the other, each device sending over all its links at once.
+
+    With several slices, groups along `data` leave theirs: what a slice has reduced is sent on in parts, one per device
+    of the group within it.
+    """
+    links, total = LINKS[chip.name], 0.0
+    for s in found:
+        total += s.wire / links.ici
+        if slices > 1 and "data" in s.axes:
+            total += s.wire / max(1, s.parts // slices) / links.dcn
+    return total
