@@ -17,7 +17,7 @@ Target = Callable[..., Any]
 """(report, *args) -> None, importable by name; `report(value)` sends a picklable value to the parent."""
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["experiments.torture.children", "experiments.train"])
+_FORKS.set_forkserver_preload(["experiments.torture.children", "experiments.train", "sklearn.datasets", "tensorboardX"])
 
 
 class Child:
@@ -26,12 +26,13 @@ class Child:
     Args:
       log: file that gets its stdout and stderr.
       devices: CPU devices jax shall see in it.
+      cache: folder of compiled programs shared with other children; None compiles all anew.
     """
 
-    def __init__(self, target: Target, *args: Any, log: Path, devices: int = 1):
+    def __init__(self, target: Target, *args: Any, log: Path, devices: int = 1, cache: Path | None = None):
         self.log = log
         self._here, there = _FORKS.Pipe(duplex=False)
-        self.process = _FORKS.Process(target=_run, args=(target, args, there, str(log), devices), daemon=True)
+        self.process = _FORKS.Process(target=_run, args=(target, args, there, log, devices, cache), daemon=True)
         self.process.start()
         there.close()
 
@@ -64,12 +65,15 @@ def results(target: Target, *args: Any, log: Path, devices: int = 1) -> list[Any
     return found
 
 
-def _run(target: Target, args: tuple[Any, ...], there: Connection, log: str, devices: int) -> None:
+def _run(target: Target, args: tuple[Any, ...], there: Connection, log: Path, devices: int, cache: Path | None) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
         target(there.send, *args)
     finally:

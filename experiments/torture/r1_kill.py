@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from pathlib import Path
 
 from experiments.torture.children import Child, results
 from experiments.torture.figures import Trial, figure
 from experiments.torture.runs import Tiny, bits, run
 from structmat.structures import FAMILIES
 
-EVERY = 20
-PACE = 0.002
+EVERY = 5
+PACE = 0.1
+"""Seconds between steps: longer than a save takes, as in a real run."""
 AIM = "all"
 
 
-def kill(trial: Trial, tiny: Tiny, kills: int, delay: float = 0.15) -> None:
+def kill(trial: Trial, tiny: Tiny, kills: int, delay: float = EVERY * PACE) -> None:
     """Kill one run `kills` times, once per window between saves and up to `delay` seconds after a drawn step.
 
     A kill holds if the process that follows it ends well or is killed in turn, all losses it reports are those of the
@@ -24,12 +25,13 @@ def kill(trial: Trial, tiny: Tiny, kills: int, delay: float = 0.15) -> None:
     name, folder = tiny.structure + (" with a rule" if tiny.rule else ""), trial.folder / tiny.structure
     folder.mkdir()
     lost = trial.rows[1]
-    expected = dict(results(run, tiny, folder / "whole", log=folder / "whole.log"))
+    unhurried = dataclasses.replace(tiny, pace=0.0)
+    expected = dict(results(run, unhurried, folder / "whole", log=folder / "whole.log"))
     faults: list[str] = []
     last = 0
     for n in range(kills + 1):
-        child = Child(run, tiny, folder / "parts", log=folder / f"{n}.log")
-        target, seen, wait = n * tiny.every + trial.random.randint(1, tiny.every), {}, trial.random.random() ** 2
+        child = Child(run, tiny, folder / "parts", log=folder / f"{n}.log", cache=trial.folder / "programs")
+        target, seen, wait = n * tiny.every + trial.random.randint(1, tiny.every), {}, trial.random.random()
         for step, loss in child.reports():
             seen[step] = loss
             if n < kills and step >= target and child.process.is_alive():
