@@ -1,6 +1,7 @@
 """Models built from structmat.nn."""
 
 from structmat.models.gpt import GPT
+from structmat.models.llama import Llama
 from structmat.models.mlp import MLP
 
-__all__ = ["GPT", "MLP"]
+__all__ = ["GPT", "MLP", "Llama"]

@@ -9,11 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from structmat.models.attention import Structures, causal, into_heads, out_of_heads
+from structmat.models.cache import advance, append
 from structmat.models.stack import apply_layers
-from structmat.nn import StructuredDense, StructuredDenseGeneral, StructuredEmbed
-from structmat.nn.sites import pick
-
-Structures = tuple[tuple[str, Any], ...]
+from structmat.nn import StructuredDense, StructuredEmbed
+from structmat.nn.sites import pick, scope
 
 
 class Attention(nn.Module):
@@ -27,50 +27,19 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, decode: bool) -> jax.Array:
-        width = x.shape[-1]
-        into = lambda name, gain=1.0: StructuredDenseGeneral(
-            (self.heads, width // self.heads),
-            structure=pick(self.structures, name),
-            dtype=self.dtype,
-            in_axes="embed",
-            out_axes=("heads", "kv"),
-            gain=gain,
-            name=name,
-        )(x)
-        q, k, v = into("q", gain=0.0), into("k"), into("v")  # attention starts uniform, as muP asks
-        length = x.shape[1]
-        mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        length, width = x.shape[1:]
+        into = lambda name, gain: into_heads(
+            x, name, self.heads, width // self.heads, self.structures, self.dtype, gain
+        )
+        q, k, v = into("q", 0.0), into("k", 1.0), into("v", 1.0)  # attention starts uniform, as muP asks
+        mask = causal(length)
         if decode:
-            k, v, mask = self._cached(k, v)
+            k, v, mask = append(self, k, v, advance(self, length), self.context)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
         weights = nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min)).astype(v.dtype)
         weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-        return StructuredDenseGeneral(
-            width,
-            axis=(-2, -1),
-            structure=pick(self.structures, "o"),
-            dtype=self.dtype,
-            in_axes=("heads", "kv"),
-            out_axes="embed",
-            gain=0.0,
-            name="o",
-        )(y)
-
-    def _cached(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Append keys and values to the cache (batch, context, heads, head size); mask what is not yet written."""
-        batch, length, heads, size = k.shape
-        shape = (batch, self.context, heads, size)
-        keys = self.variable("cache", "keys", jnp.zeros, shape, k.dtype)
-        values = self.variable("cache", "values", jnp.zeros, shape, v.dtype)
-        index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
-        start = index.value
-        if not self.is_initializing():
-            keys.value = jax.lax.dynamic_update_slice(keys.value, k, (0, start, 0, 0))
-            values.value = jax.lax.dynamic_update_slice(values.value, v, (0, start, 0, 0))
-            index.value = start + length
-        mask = jnp.arange(self.context)[None, :] <= start + jnp.arange(length)[:, None]
-        return keys.value, values.value, mask[None, None]
+        return out_of_heads(y, "o", width, self.structures, self.dtype)
 
 
 class Block(nn.Module):
@@ -86,7 +55,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, decode: bool) -> tuple[jax.Array, None]:
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        own = tuple((p.removeprefix("attn/"), s) for p, s in self.structures if p.startswith("attn/"))
+        own = scope(self.structures, "attn")
         y = nn.LayerNorm(dtype=self.dtype, name="attn_norm")(x)
         y = Attention(self.heads, self.context, self.dropout, self.dtype, own, name="attn")(y, train, decode)
         x = x + drop(y)
@@ -162,10 +131,7 @@ class GPT(nn.Module):
         positions = self.param("positions", init, (self.context, self.width), jnp.float32)
         start = jnp.zeros((), jnp.int32)
         if decode:
-            index = self.variable("cache", "position", jnp.zeros, (), jnp.int32)
-            start = index.value
-            if not self.is_initializing():
-                index.value = start + tokens.shape[1]
+            start = advance(self, tokens.shape[1], "position")
         here = jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1])
         x = embed(tokens) + here.astype(self.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
