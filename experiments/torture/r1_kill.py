@@ -68,8 +68,8 @@ def many(trial: Trial, tinies: list[Tiny], kills: int) -> None:
 
 
 def long(structure: str, kills: int, rule: bool = False) -> Tiny:
-    """A run with a window per kill, and some to spare for a machine that reacts late."""
-    return Tiny(structure, rule, steps=EVERY * (kills + 8), every=EVERY, width=64, pace=PACE)
+    """A run with a window per kill, and four to spare for a machine that reacts late."""
+    return Tiny(structure, rule, steps=EVERY * (kills + 4), every=EVERY, width=64, pace=PACE)
 
 
 @figure("R1 dense", "kill -9, dense", AIM)

@@ -59,7 +59,7 @@ def train(
     Raises:
       ConfigError, DataError, RunError, CheckpointError: what is wrong, before anything is compiled or overwritten.
       RunError: `max_skips` steps in a row were not finite; names step, quantity, parameter and the checkpoint to use.
-      Interrupted: SIGTERM; the state was saved.
+      Interrupted: SIGTERM; every step taken was saved.
     """
     # ---- Config: nothing is read, written or compiled before it is valid ------------------------------------------
     began = time.perf_counter()
@@ -75,6 +75,7 @@ def train(
     workdir.occupy(folder, run)
 
     with contextlib.ExitStack() as stack:
+        stop_asked = stack.enter_context(_listening_for_sigterm())
         stack.enter_context(on_mesh(mesh))
         checkpoints = stack.enter_context(
             Checkpointer(str(folder), keep=config.checkpoint.keep, every=config.checkpoint.every)
@@ -127,10 +128,14 @@ def train(
         step_fn = compile_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
         eval_step = make_eval_step(task, mesh)
 
+        if stop_asked(start):
+            raise Interrupted(
+                f"{folder}: stopped by SIGTERM before step {start + 1}; nothing is lost, run again to go on"
+            )
+
         # ---- Loop: step n is dispatched before the metrics of step n-1 are read ------------------------------------
         rows = local_rows(mesh, config.batch)
         writer = stack.enter_context(MetricWriter(folder, start if restored else None))
-        stop_asked = stack.enter_context(_listening_for_sigterm())
         trace = stack.enter_context(contextlib.ExitStack())
         first_profiled, last_profiled = profile_steps(config) if config.profile else (-1, -1)
         paths, seconds, last, done_at = leaf_paths(template.params), [], {}, None

@@ -155,6 +155,21 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path):
     assert seen[0] == 5
 
 
+def test_sigterm_while_compiling_ends_the_run_before_its_next_step(tmp_path, monkeypatch):
+    original = loop.compile_step
+
+    def compile_step(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "compile_step", compile_step)
+        with pytest.raises(loop.Interrupted, match="before step 1; nothing is lost"):
+            loop.train(small_digits(), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert loop.train(small_digits(), tmp_path / "run").metrics["steps"] == 12
+
+
 def test_structures_come_from_the_checkpoint_not_from_the_rules(tmp_path, monkeypatch):
     config = small_digits(structure="fit(low_rank(), params=0.5)")
     with pytest.raises(Killed):
