@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,13 +15,13 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.own_flags import OwnFlags
 from structmat.data.errors import DataError
-from structmat.parallel import MeshError
+from structmat.parallel import HostsError, MeshError, current_group
 from structmat.structures import StructureError
 from structmat.structures.errors import suggest
 from structmat.training.checkpoint import CheckpointError
 from structmat.training.errors import ConfigError, Interrupted, RunError
 
-USER_ERRORS = (ConfigError, RunError, DataError, StructureError, MeshError, CheckpointError)
+USER_ERRORS = (ConfigError, RunError, DataError, StructureError, MeshError, HostsError, CheckpointError)
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The run: configs/<file>.py, or configs/<file>.py:argument; --config.field=value overrides."
@@ -72,7 +73,7 @@ def fail(error: Any) -> NoReturn:
 def run(main: Callable[[], Any], own: OwnFlags) -> None:
     """Parse the flags, the command's own among them, and call `main`; what the user got wrong is printed, all else is a traceback.
 
-    A run stopped by SIGTERM has saved its state, so it ends with code 0.
+    A run stopped by SIGTERM has saved its state, so it ends with code 0. Of several processes, all others learn of an error.
     """
     own.parse(parse)
     handler = logging.StreamHandler()
@@ -83,6 +84,12 @@ def run(main: Callable[[], Any], own: OwnFlags) -> None:
     try:
         main()
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        if current_group().primary:
+            print(stopped, file=sys.stderr)
     except USER_ERRORS as error:
+        current_group().abandon(error, f"error: {str(error).strip()}", 2)
         fail(error)
+    except Exception as error:
+        current_group().abandon(error, traceback.format_exc(), 1)
+        raise
+    current_group().close()

@@ -2,6 +2,7 @@
 
 In the order a training run uses them:
 
+    group = init_distributed()                            # first of all, on every host of a pod; else does nothing
     mesh = make_mesh({"data": 2, "fsdp": -1})             # axes data, fsdp, tensor; every device is used
     boxed = jax.eval_shape(model.init, key, example)      # variables as Linen returns them, with logical axes
     variables = shardings(mesh, boxed)                    # a NamedSharding per leaf, tree as unbox(boxed)
@@ -16,6 +17,8 @@ In the order a training run uses them:
 """
 
 from structmat.parallel.aot import Program, compile_for, describe, placed, topology_mesh
+from structmat.parallel.distributed import Group, current_group, init_distributed
+from structmat.parallel.hosts import HostsError
 from structmat.parallel.mesh import AXES, MeshError, make_mesh
 from structmat.parallel.report import LeafPlan, Traffic, bytes_per_device, collectives, differences, plan, replicated
 from structmat.parallel.rules import (
@@ -37,6 +40,8 @@ __all__ = [
     "DEFAULT_RULES",
     "LINKS",
     "AxisRules",
+    "Group",
+    "HostsError",
     "LeafPlan",
     "Links",
     "MeshError",
@@ -47,8 +52,10 @@ __all__ = [
     "bytes_per_device",
     "collectives",
     "compile_for",
+    "current_group",
     "describe",
     "differences",
+    "init_distributed",
     "local_rows",
     "make_mesh",
     "on_mesh",

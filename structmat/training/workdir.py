@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from structmat.training.config import FREE, differences
 from structmat.training.errors import RunError
@@ -16,6 +19,7 @@ RUN = "config.json"
 RECORD = "record.json"
 _PART = f"{RUN}.part"
 _SHOWN = 8
+_VISIBLE = 60  # seconds; NFS remembers for up to a minute that a file was not there
 
 
 def claim(workdir: str | Path, run: Mapping[str, Any]) -> bool:
@@ -28,8 +32,10 @@ def claim(workdir: str | Path, run: Mapping[str, Any]) -> bool:
       Whether the run already finished there.
 
     Raises:
-      RunError: it holds another run (names the first fields that differ) or something else.
+      RunError: it holds another run (names the first fields that differ) or something else, or is no path.
     """
+    if "://" in str(workdir):
+        raise RunError(f"workdir {str(workdir)!r} is a URL; mount it, and give the folder where it is mounted")
     folder = Path(workdir)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"workdir {str(folder)!r} is a file; give a new folder")
@@ -59,14 +65,22 @@ def claim(workdir: str | Path, run: Mapping[str, Any]) -> bool:
 
 
 def occupy(workdir: str | Path, run: Mapping[str, Any]) -> None:
-    """Make the folder and note whose it is; process 0 does it for all.
+    """Make the folder and note whose it is; process 0 does it for all, once all have claimed it.
 
     Raises:
-      RunError: it cannot be written.
+      RunError: it cannot be written, or this process does not see what process 0 wrote there.
     """
     folder = Path(workdir)
-    if jax.process_index() != 0:
-        return
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("workdir claimed")
+    if jax.process_index() == 0:
+        _write(folder, run)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("workdir occupied")
+        _await(folder / RUN)
+
+
+def _write(folder: Path, run: Mapping[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / RUN).exists():
@@ -75,3 +89,14 @@ def occupy(workdir: str | Path, run: Mapping[str, Any]) -> None:
             part.rename(folder / RUN)
     except OSError as error:
         raise RunError(f"workdir {str(folder)!r} cannot be written: {error.strerror}; give another folder") from None
+
+
+def _await(path: Path) -> None:
+    until = time.monotonic() + _VISIBLE
+    while not path.exists():
+        if time.monotonic() > until:
+            raise RunError(
+                f"workdir {str(path.parent)!r} is not shared: process {jax.process_index()} on {socket.gethostname()} "
+                f"does not see the {path.name} of process 0; give a folder that all hosts have, such as an NFS mount"
+            )
+        time.sleep(0.2)
