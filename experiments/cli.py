@@ -51,6 +51,8 @@ def _explain(argv: Sequence[str]) -> str | None:
         return f"--config={text}: there is no file {file!r}"
     try:
         config = flags.FLAGS["config"].parser.parse(text)
+    except ValueError as error:  # what get_config raised, wrapped with a traceback by ml_collections
+        return str(error.__context__ or error)
     except Exception:
         return None
     for arg in argv:

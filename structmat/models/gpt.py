@@ -99,7 +99,8 @@ class GPT(nn.Module):
     Attributes:
       vocab, context, layers, width, heads, mlp_ratio: sizes; heads must divide width.
       dropout: rate on attention weights and residual branches.
-      tie: the head is the transposed embedding (logits divided by width) instead of a weight of its own.
+      tie: the head is the transposed embedding instead of a weight of its own.
+      tied_scale: factor on tied logits; None is 1 / width, as muP asks.
       structures: layer path -> structure, from `structmat.nn.assign`.
       scan: stack and scan adjacent equal layers. remat: `none`, `full` or `dots`.
       dtype: compute dtype; parameters stay f32.
@@ -113,6 +114,7 @@ class GPT(nn.Module):
     mlp_ratio: int = 4
     dropout: float = 0.0
     tie: bool = False
+    tied_scale: float | None = None
     structures: Structures = ()
     scan: bool = True
     remat: str = "none"
@@ -152,7 +154,8 @@ class GPT(nn.Module):
         )
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
         if self.tie:
-            return embed.attend(x).astype(jnp.float32) / self.width
+            scale = 1 / self.width if self.tied_scale is None else self.tied_scale
+            return embed.attend(x).astype(jnp.float32) * scale
         head = StructuredDense(
             self.vocab,
             structure=pick(self.structures, "head"),

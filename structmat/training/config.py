@@ -26,8 +26,8 @@ FREE = ("mesh", "checkpoint", "log_every", "max_skips", "profile")
 """Fields a resumed run may change; all others decide what is learned."""
 
 
-def default(task: str = "lm") -> ConfigDict:
-    """The config of a task with every field at its default."""
+def default(task: str = "lm", model: str | None = None) -> ConfigDict:
+    """The config of a task with every field at its default; `model` is one of the task's MODELS, default its first."""
     return ConfigDict(
         dict(
             task=task,  # what to learn: see structmat.training.tasks
@@ -59,9 +59,22 @@ def default(task: str = "lm") -> ConfigDict:
             max_skips=10,  # stop after this many non-finite steps in a row
             log_every=10,  # steps between rows of metrics
             profile="",  # 'start:stop': write a profiler trace of these steps into the workdir
-            **TASKS[task].defaults(),
+            **TASKS[task].defaults(model or next(iter(TASKS[task].MODELS))),
         )
     )
+
+
+def named(choices: Mapping[str, Any], arg: str | None, file: str) -> Any:
+    """The entry of a config file's table that its argument names, as in `configs/llama.py:60m`.
+
+    Raises:
+      ValueError: no argument, or no such entry.
+    """
+    if arg is None:
+        raise ValueError(f"{file} needs a size, such as {file}:{next(iter(choices))}; valid: {', '.join(choices)}")
+    if arg not in choices:
+        raise ValueError(f"{file}:{arg}: no such size" + suggest(arg, choices))
+    return choices[arg]
 
 
 def validate(config: ConfigDict, devices: int | None = None) -> Task:
@@ -79,13 +92,10 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
     name = config.get("task", None)
     if name not in TASKS:
         raise ConfigError("task", name, "unknown task" + suggest(str(name), TASKS))
-    _check_fields(config.to_dict(), default(name).to_dict(), "")
+    task = TASKS[name]
+    _check_fields(config.to_dict(), default(name, _model_name(config, task.MODELS)).to_dict(), "")
     _check_ranges(config)
     _check_optim(config)
-    task = TASKS[name]
-    if config.model.name not in task.MODELS:
-        hint = suggest(config.model.name, task.MODELS)
-        raise ConfigError("model.name", config.model.name, f"no model of task {name!r}" + hint)
     task.check(config)
     _check_mesh(config, jax.device_count() if devices is None else devices)
     built = task.build(config)
@@ -94,6 +104,23 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
     except StructureError as error:
         raise ConfigError("structure", config.structure, str(error)) from None
     return built.with_model(model)
+
+
+def _model_name(config: ConfigDict, models: Mapping[str, Any]) -> str | None:
+    """The model the other fields belong to; None where `model` is no group of fields, which their check then tells."""
+    model = config.get("model", None)
+    if not isinstance(model, ConfigDict):
+        return None
+    if "name" not in model:
+        known = {key for other in models for key in default(config.task, other).model}
+        for key in (key for key in model if key not in known):
+            raise ConfigError(f"model.{key}", model[key], "no such field" + suggest(key, ["name"]))
+        raise ConfigError("model.name", None, "this field is missing", f"the default is {next(iter(models))!r}")
+    if not isinstance(model.name, str):
+        raise ConfigError("model.name", model.name, "must be of type str", f"the default is {next(iter(models))!r}")
+    if model.name not in models:
+        raise ConfigError("model.name", model.name, f"no model of task {config.task!r}" + suggest(model.name, models))
+    return model.name
 
 
 def _check_fields(given: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> None:

@@ -24,6 +24,8 @@ MISTAKES = [
     ([f"{LM}"], "--workdir is needed"),
     (["--workdir=x"], "--config is needed"),
     (["--config=configs/nope.py"], "there is no file 'configs/nope.py'"),
+    (["--config=configs/llama.py", "--workdir=x"], "configs/llama.py needs a size, such as configs/llama.py:60m"),
+    (["--config=configs/gpt2.py:smal", "--workdir=x"], "no such size; did you mean 'small'?"),
     ([f"{LM}:monrach", "--workdir=x"], "did you mean 'monarch'?"),
     ([f"{LM}", "--config.optim.name=adam", "--workdir=x"], "config.optim.name = 'adam'"),
     ([f"{DIGITS}", "--config.batch=-1", "--dry_run"], "config.batch = -1"),

@@ -8,6 +8,11 @@ from structmat.training.errors import ConfigError
 from structmat.training.tasks import TASKS
 
 
+def config_for(name):
+    """The default config of a task, or of a task with one of its models: `lm` or `lm/llama`."""
+    return default(*name.split("/"))
+
+
 def apply(config, changes):
     with config.unlocked(), config.ignore_type():
         for field, value in changes.items():
@@ -83,6 +88,18 @@ BAD = [
     ("lm", {"structure": "monarch(blocks=7)"}, "structure", "nearest valid"),
     ("lm", {"structure": "layer_0/.* -> dense()"}, "structure", "matches no site"),
     ("lm", {"structure": "layers_( -> dense()"}, "structure", "not a regular expression"),
+    ("lm", {"model.name": "lama"}, "model.name", "did you mean 'llama'"),
+    ("lm", {"model.name": 7}, "model.name", "must be of type str"),
+    ("lm", {"model.kv_heads": 2}, "model.kv_heads", "no such field"),
+    ("lm/llama", {"model.mlp_ratio": 4}, "model.mlp_ratio", "no such field"),
+    ("lm/llama", {"model.kv_heads": 3}, "model.kv_heads", "must divide model.heads=4; 2 does"),
+    ("lm/llama", {"model.heads": 128, "model.kv_heads": 128}, "model.heads", "heads of even size"),
+    ("lm/llama", {"model.hidden": 0}, "model.hidden", "at least 1"),
+    ("lm/llama", {"model.hiden": 8}, "model.hiden", "did you mean 'hidden'"),
+    ("lm/llama", {"model.theta": 0.0}, "model.theta", "above 0"),
+    ("lm/llama", {"model.eps": -1e-6}, "model.eps", "above 0"),
+    ("lm/llama", {"mup.base_width": 33}, "mup.base_width", "even"),
+    ("lm/llama", {"model.remat": "dot"}, "model.remat", "did you mean 'dots'"),
     ("digits", {"model.heads": 4}, "model.heads", "no such field"),
     ("digits", {"model.layers": 0}, "model.layers", "at least 1"),
     ("digits", {"data.root": "/x"}, "data.root", "no such field"),
@@ -92,7 +109,7 @@ BAD = [
 @pytest.mark.parametrize(("task", "changes", "field", "hint"), BAD, ids=[f"{c}" for _, c, _, _ in BAD])
 def test_bad_config_is_refused(task, changes, field, hint):
     with pytest.raises(ConfigError) as caught:
-        validate(apply(default(task), changes), devices=8)
+        validate(apply(config_for(task), changes), devices=8)
     text = str(caught.value)
     value = next(iter(changes.values()))
     assert caught.value.field == field and text.startswith(f"config.{field} = ")
@@ -109,9 +126,10 @@ def test_validate_reads_no_data_and_compiles_nothing(monkeypatch):
     assert task.name == "lm" and not compiled
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_defaults_are_valid_and_resolve_structures(task):
-    config = default(task)
+@pytest.mark.parametrize(("task", "model"), [(name, model) for name, task in TASKS.items() for model in task.MODELS])
+def test_defaults_are_valid_and_resolve_structures(task, model):
+    config = default(task, model)
+    assert config.model.name == model
     config.structure = "fit(low_rank(), params=0.5)"
     built = validate(config, devices=8)
     kinds = {site.kind: site.bound.structure.name for site in built.table.values()}

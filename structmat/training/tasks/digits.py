@@ -13,45 +13,53 @@ import optax
 
 from structmat.data import digits
 from structmat.models import MLP
-from structmat.training.errors import ConfigError
+from structmat.training.model_choice import ModelChoice, at_least_one
 from structmat.training.task import Batch, Source, Task, Variables
 
-MODELS = {"mlp": MLP}
 PIXELS, CLASSES = 64, 10
 PADDING = -1
 """Label of rows that only fill up a batch."""
 
 
-def defaults() -> dict[str, Any]:
-    """The fields of `config.model` and `config.data`."""
-    return dict(
-        model=dict(
-            name="mlp",
+def build_mlp(config: Any) -> MLP:
+    """The module."""
+    m = config.model
+    return MLP(CLASSES, m.width, m.layers, m.dropout, dtype=jnp.dtype(m.dtype))
+
+
+MODELS = {
+    "mlp": ModelChoice(
+        fields=dict(
             layers=2,  # hidden layers
             width=128,
             dropout=0.0,
             dtype="float32",  # compute dtype; parameters stay float32
         ),
-        data=dict(),
-    )
+        check=lambda config: at_least_one(config.model, ("layers", "width")),
+        build=build_mlp,
+        base=lambda config: build_mlp(config).clone(width=config.mup.base_width),
+    ),
+}
+
+
+def defaults(model: str = "mlp") -> dict[str, Any]:
+    """The fields of `config.model` and `config.data`."""
+    return dict(model=dict(name=model, **MODELS[model].fields), data=dict())
 
 
 def check(config: Any) -> None:
     """Refuse sizes no model of this task can have."""
-    for name in ("layers", "width"):
-        if config.model[name] < 1:
-            raise ConfigError(f"model.{name}", config.model[name], "must be at least 1")
+    MODELS[config.model.name].check(config)
 
 
 def build(config: Any) -> Task:
     """The task of a checked config, all sites still dense."""
-    m = config.model
-    model = MLP(CLASSES, m.width, m.layers, m.dropout, dtype=jnp.dtype(m.dtype))
+    choice = MODELS[config.model.name]
     images = jax.ShapeDtypeStruct((config.batch, PIXELS), jnp.float32)
     return Task(
         name="digits",
-        model=model,
-        base=model.clone(width=config.mup.base_width),
+        model=choice.build(config),
+        base=choice.base(config),
         example=(images,),
         batch={"images": images, "labels": jax.ShapeDtypeStruct((config.batch,), jnp.int32)},
         loss=loss,

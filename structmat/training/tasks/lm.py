@@ -14,31 +14,14 @@ import optax
 from structmat.data import batches, bigram, bytes_text, own
 from structmat.data.corpus import Corpus
 from structmat.data.errors import DataError
-from structmat.models import GPT
-from structmat.training.errors import ConfigError
 from structmat.training.task import Batch, Source, Task, Variables
-
-MODELS = {"gpt": GPT}
-BYTES = 256
+from structmat.training.tasks.lm_models import BYTES, MODELS
 
 
-def defaults() -> dict[str, Any]:
+def defaults(model: str = "gpt") -> dict[str, Any]:
     """The fields of `config.model` and `config.data`."""
     return dict(
-        model=dict(
-            name="gpt",
-            layers=2,
-            width=128,
-            heads=4,
-            context=64,
-            mlp_ratio=4,
-            vocab=BYTES,  # number of token ids; 256 for bytes
-            dropout=0.0,
-            tie=False,  # the head is the transposed embedding
-            scan=True,  # stack and scan equal adjacent layers: compiles faster
-            remat="none",  # none | full | dots: recompute activations in the backward pass
-            dtype="float32",  # compute dtype; parameters stay float32
-        ),
+        model=dict(name=model, **MODELS[model].fields),
         data=dict(
             root="",  # '' is the standard library of this Python; else a folder, a .jsonl or a .npy of token ids
             glob="**/*.txt",  # which files of a folder
@@ -48,30 +31,17 @@ def defaults() -> dict[str, Any]:
 
 def check(config: Any) -> None:
     """Refuse sizes no model of this task can have."""
-    m = config.model
-    for name in ("layers", "width", "heads", "context", "mlp_ratio"):
-        if m[name] < 1:
-            raise ConfigError(f"model.{name}", m[name], "must be at least 1")
-    if m.vocab < 2:
-        raise ConfigError("model.vocab", m.vocab, "must be at least 2", f"{BYTES} for bytes")
-    if m.width % m.heads:
-        near = min((h for h in range(1, m.width + 1) if m.width % h == 0), key=lambda h: abs(h - m.heads))
-        raise ConfigError("model.heads", m.heads, f"must divide model.width={m.width}", f"{near} does")
+    MODELS[config.model.name].check(config)
 
 
 def build(config: Any) -> Task:
     """The task of a checked config, all sites still dense."""
-    m = config.model
-    model = GPT(
-        **{k: m[k] for k in ("vocab", "context", "layers", "width", "heads", "mlp_ratio")},
-        **{k: m[k] for k in ("dropout", "tie", "scan", "remat")},
-        dtype=jnp.dtype(m.dtype),
-    )
+    m, choice = config.model, MODELS[config.model.name]
     tokens = jax.ShapeDtypeStruct((config.batch, m.context), jnp.int32)
     return Task(
         name="lm",
-        model=model,
-        base=model.clone(width=config.mup.base_width, heads=1),
+        model=choice.build(config),
+        base=choice.base(config),
         example=(tokens,),
         batch={"tokens": jax.ShapeDtypeStruct((config.batch, m.context + 1), jnp.int32)},
         loss=loss,
