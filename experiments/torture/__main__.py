@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     failed = report(Record.read(out), out)
     print(f"written: {out}, {out.with_suffix('.md')}")
     if failed:
-        sys.exit(f"{failed} cases did not hold")
+        sys.exit(f"{failed} lines of the table do not hold")
 
 
 if __name__ == "__main__":

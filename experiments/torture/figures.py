@@ -2,7 +2,7 @@
 
 A figure is one function in a file `r<number>_<word>.py` of this package; the command finds it by the file's name:
 
-    @figure("R3", "SIGTERM: saved within a step, exit 0", aim="10/10")
+    @figure("R3", "SIGTERM: saved within a step, exit 0", least=10)
     def sigterm(trial: Trial) -> None:
         trial.check("at 0.3 s", ok=code == 0, why=f"exit code {code}")
 """
@@ -24,13 +24,14 @@ class Row:
     """Counts of one line of the table.
 
     Attributes:
-      id: such as R1. title: what holds. aim: what is demanded. tried: cases.
-      failures: "case: why" of each that did not hold. notes: JSON values worth a glance.
+      id: such as R1. title: what holds. least: cases demanded. share: of the cases tried, what has to hold.
+      tried: cases. failures: "case: why" of each that did not hold. notes: JSON values worth a glance.
     """
 
     id: str
     title: str
-    aim: str
+    least: int = 1
+    share: float = 1.0
     tried: int = 0
     failures: list[str] = dataclasses.field(default_factory=list)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -39,6 +40,11 @@ class Row:
     def held(self) -> int:
         """Cases that held."""
         return self.tried - len(self.failures)
+
+    @property
+    def ok(self) -> bool:
+        """Whether enough was tried and enough held."""
+        return self.tried >= self.least and self.held >= self.share * self.tried
 
     def check(self, case: str, ok: bool, why: str = "") -> bool:
         """Count a case; `case` and `why` are kept if it did not hold. Returns `ok`."""
@@ -60,12 +66,12 @@ class Trial:
     def __init__(self, figure: Figure, seed: int, folder: Path):
         self.seed, self.folder = seed, folder
         self.random = random.Random(f"{seed} {figure.key}")
-        self.rows = [Row(figure.key.split()[0], figure.title, figure.aim)]
+        self.rows = [Row(figure.key.split()[0], figure.title, figure.least)]
         self.check, self.notes = self.rows[0].check, self.rows[0].notes
 
-    def row(self, id: str, title: str, aim: str) -> Row:
+    def row(self, id: str, title: str, least: int = 1, share: float = 1.0) -> Row:
         """A further line of the table."""
-        self.rows.append(Row(id, title, aim))
+        self.rows.append(Row(id, title, least, share))
         return self.rows[-1]
 
 
@@ -75,7 +81,7 @@ class Figure:
 
     key: str
     title: str
-    aim: str
+    least: int
     run: Callable[[Trial], None]
 
 
@@ -83,11 +89,11 @@ FIGURES: dict[str, Figure] = {}
 """By key, filled by `load_all`."""
 
 
-def figure(key: str, title: str, aim: str) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
-    """Register a function of a Trial."""
+def figure(key: str, title: str, least: int = 1) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
+    """Register a function of a Trial that tries `least` cases or more."""
 
     def register(run: Callable[[Trial], None]) -> Callable[[Trial], None]:
-        FIGURES[key] = Figure(key, title, aim, run)
+        FIGURES[key] = Figure(key, title, least, run)
         return run
 
     return register

@@ -13,7 +13,6 @@ from structmat.structures import FAMILIES
 EVERY = 5
 PACE = 0.1
 """Seconds between steps: longer than a save takes, as in a real run."""
-AIM = "all"
 
 
 def kill(trial: Trial, tiny: Tiny, kills: int, delay: float = EVERY * PACE) -> None:
@@ -62,7 +61,7 @@ def kill(trial: Trial, tiny: Tiny, kills: int, delay: float = EVERY * PACE) -> N
 
 def many(trial: Trial, tinies: list[Tiny], kills: int) -> None:
     """Several runs, with a line for the steps lost."""
-    trial.row("R4", f"steps lost per kill at most interval + 2 = {EVERY + 2}", AIM)
+    trial.row("R4", f"steps lost per kill at most interval + 2 = {EVERY + 2}")
     for tiny in tinies:
         kill(trial, tiny, kills)
 
@@ -72,25 +71,25 @@ def long(structure: str, kills: int, rule: bool = False) -> Tiny:
     return Tiny(structure, rule, steps=EVERY * (kills + 4), every=EVERY, width=64, pace=PACE)
 
 
-@figure("R1 dense", "kill -9, dense", AIM)
+@figure("R1 dense", "kill -9, dense", least=20)
 def dense(trial: Trial) -> None:
     """Twenty kills."""
     many(trial, [long("dense()", 20)], 20)
 
 
-@figure("R1 indices", "kill -9, low_rank + random_sparse (index leaves)", AIM)
+@figure("R1 indices", "kill -9, low_rank + random_sparse (index leaves)", least=20)
 def indices(trial: Trial) -> None:
     """Twenty kills of a run with integer leaves."""
     many(trial, [long("low_rank(rank=4) + random_sparse(density=0.1)", 20)], 20)
 
 
-@figure("R1 rule", "kill -9, masked dense with a rule that keeps state", AIM)
+@figure("R1 rule", "kill -9, masked dense with a rule that keeps state", least=20)
 def rule(trial: Trial) -> None:
     """Twenty kills of a run with rule state."""
     many(trial, [long("masked(dense(), n_m_sparse(n=2, m=4))", 20, rule=True)], 20)
 
 
-@figure("R1 others", "kill -9, every other family, two kills each", AIM)
+@figure("R1 others", "kill -9, every other family, two kills each")
 def others(trial: Trial) -> None:
     """Two kills of each other family's example."""
     texts = [family.about.example for name, family in FAMILIES.items() if name != "dense"]

@@ -103,7 +103,7 @@ def full_disk(folder: Path, states: dict[int, Any], size: int) -> str:
         return "" if saver.steps() == [10, 20, 30, 50] else f"with space again: steps {saver.steps()}"
 
 
-@figure("R5", "damaged checkpoints: never loaded wrong, older good step used, file named", aim="at least 200, all")
+@figure("R5", "damaged checkpoints: never loaded wrong, older good step used, file named", least=200)
 def damage(trial: Trial, each: int = 18, disks: int = 12) -> None:
     """Every kind of damage `each` times (to the newest step, the newest two, all three), and `disks` full disks."""
     base = trial.folder / "base"

@@ -16,24 +16,27 @@ from structmat.training.record import Record
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """A row with its count."""
-    return dataclasses.asdict(row) | {"held": row.held}
+    """A row with its count and verdict."""
+    return dataclasses.asdict(row) | {"held": row.held, "ok": row.ok}
 
 
 def table(figures: dict[str, Any], style: box.Box) -> Table:
     """One line per row of every figure."""
-    made = Table("figure", "what", "aim", "held", "notes", "seconds", "seed", "date (UTC)", "commit", box=style)
+    made = Table("figure", "what", "aim", "held / tried", "notes", "seconds", "seed", "date (UTC)", "commit", box=style)
     for found in figures.values():
         for n, row in enumerate(found["rows"]):
-            held = f"{row['held']}/{row['tried']}" + ("" if not row["failures"] else " DOES NOT HOLD")
+            aim = ("all" if row["share"] == 1 else f"{row['share']:.0%}") + (
+                f" of >= {row['least']}" * (row["least"] > 1)
+            )
+            held = f"{row['held']}/{row['tried']}" + ("" if row["ok"] else " DOES NOT HOLD")
             notes = ", ".join(f"{name} {value}" for name, value in row["notes"].items())
             cost = [f"{found['seconds']:.0f}" if n == 0 else "", str(found["seed"]), found["date"][:16]]
-            made.add_row(row["id"], row["title"], row["aim"], held, notes, *cost, found["git"][:7])
+            made.add_row(row["id"], row["title"], aim, held, notes, *cost, found["git"][:7])
     return made
 
 
 def report(record: Record, out: Path) -> int:
-    """Print the table and every failure, write both as Markdown beside the Record; the number of failures."""
+    """Print the table and every failure, write both as Markdown beside the Record; the number of rows that fail."""
     figures = record.metrics["figures"]
     failures = [(row["id"], text) for f in figures.values() for row in f["rows"] for text in row["failures"]]
     Console(width=None if sys.stdout.isatty() else 200).print(table(figures, box.ROUNDED))
@@ -50,7 +53,7 @@ def report(record: Record, out: Path) -> int:
             markup=False,
         )
         page.print(table(figures, box.MARKDOWN))
-        page.print("\nDid not hold:\n" if failures else "\nEverything tried held.", soft_wrap=True)
+        page.print("\nCases that did not hold:\n" if failures else "\nEvery case held.", soft_wrap=True)
         for id, text in failures:
             page.print(f"- {id} {text}", soft_wrap=True, markup=False)
-    return len(failures)
+    return sum(not row["ok"] for f in figures.values() for row in f["rows"])
