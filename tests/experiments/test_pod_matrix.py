@@ -54,7 +54,7 @@ def test_rows_are_kept_and_a_program_is_compiled_once(compiled, tmp_path, capsys
     page = out.with_suffix(".md").read_text()
     assert "12 steps compiled; 12 fit." in page and "Refused: llama 60m, kronecker" in page and "Nothing ran" in page
     with pytest.raises(app.UsageError, match="is in no row"):
-        pod_matrix.run(out, 1.0, "lama")
+        pod_matrix.run(out, 1.0, "lamma")
 
 
 def row(**changes):
