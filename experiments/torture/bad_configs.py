@@ -116,7 +116,7 @@ STRUCTURES = (
         "masked(dense(), dense())",
         "product(dense(), dense())",
     ),
-    *("layers_9999/.* -> dense()", "layers_( -> dense()", "toeplitz(3)", "identity(rank=2)", ""),
+    *("layers_9999/.* -> dense()", "layers_( -> dense()", "toeplitz(3)", "identity(rank=2)", "fourier()", ""),
 )
 
 

@@ -7,8 +7,7 @@ import time
 
 from experiments.torture.children import Child, results
 from experiments.torture.figures import Trial, figure
-from experiments.torture.runs import Tiny, bits, run
-from structmat.structures import FAMILIES
+from experiments.torture.runs import Tiny, bits, examples, run
 
 EVERY = 5
 PACE = 0.1
@@ -92,6 +91,6 @@ def rule(trial: Trial) -> None:
 @figure("R1 others", "kill -9, every other family, two kills each")
 def others(trial: Trial) -> None:
     """Two kills of each other family's example."""
-    texts = [family.about.example for name, family in FAMILIES.items() if name != "dense"]
+    texts = [text for text in examples() if text != "dense()"]
     many(trial, [long(text, 2) for text in texts], 2)
     trial.notes["families"] = len(texts)

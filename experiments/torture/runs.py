@@ -14,10 +14,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from structmat.structures import FAMILIES, parse
 from structmat.training.config import default
 from structmat.training.loop import train
 from structmat.training.manifest import NAME
 from structmat.training.metrics import FILE
+
+
+def examples() -> list[str]:
+    """The example of every family whose products are real, as the model's are."""
+    texts = [family.about.example for family in FAMILIES.values()]
+    return [text for text in texts if not parse(text).bind(64, 64).is_complex]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,10 +100,11 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
     _check_mesh(config, jax.device_count() if devices is None else devices)
     built = task.build(config)
     try:
-        model = assign(built.model, config.structure, *built.example)
+        built = built.with_model(assign(built.model, config.structure, *built.example))
+        built.table  # noqa: B018  traces the model, which refuses what its layers cannot hold, such as a complex product
     except StructureError as error:
         raise ConfigError("structure", config.structure, str(error)) from None
-    return built.with_model(model)
+    return built
 
 
 def _model_name(config: ConfigDict, models: Mapping[str, Any]) -> str | None:
