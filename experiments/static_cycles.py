@@ -34,7 +34,7 @@ IMPLEMENTATIONS = ("dense", "xla", "pallas")
 DIRECTIONS = ("forward", "both")
 WHOLE = -1
 COSTS = -2
-MEMORY = 8 * 2**30
+MEMORY = 14 * 2**30
 """Bytes a compile may take: the profiler's memory grows with the loops of a program, without end for some."""
 
 flags = OwnFlags()

@@ -24,7 +24,7 @@ from structmat.training import environment
 from structmat.training.record import Record
 
 TOKENS = 1024
-FEWER = 256
+FEWER = 512
 """Tokens of the second try, scaled, where the profiler fails: its time grows with the number of tiles."""
 
 NARROW, WIDE = ("v5e",), ("v6e",)

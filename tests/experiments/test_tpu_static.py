@@ -33,8 +33,10 @@ def calls(monkeypatch):
 def test_rows_are_kept_and_failures_scaled_from_fewer_tokens(calls, tmp_path):
     out = tmp_path / "t.json"
     (row,) = tpu_static.run(out, 1.0, ONE, False, 9.0)
-    assert calls == [("kronecker", n, i) for n, i in ((1024, "dense"), (1024, "xla"), (256, "xla"), (1024, "pallas"))]
-    assert row["cycles"] == {"dense": 90_000, "xla": 80_000, "pallas": 30_000} and row["scaled"] == ["xla"]
+    assert calls == [
+        ("kronecker", n, i) for n, i in ((1024, "dense"), (1024, "xla"), (tpu_static.FEWER, "xla"), (1024, "pallas"))
+    ]
+    assert row["cycles"] == {"dense": 90_000, "xla": 40_000, "pallas": 30_000} and row["scaled"] == ["xla"]
     assert row["why"] == {"xla": "too long"} and row["rule"] == "pallas" and row["commit"]
     calls.clear()
     assert tpu_static.run(out, 1.0, ONE, False, 9.0) == [row] and not calls
@@ -48,7 +50,7 @@ def test_rows_are_kept_and_failures_scaled_from_fewer_tokens(calls, tmp_path):
     assert record.config["label"] == "compiler's estimate, not a measurement"
     report(record.metrics["rows"], out, "about")
     page = out.with_suffix(".md").read_text()
-    assert "not a measurement" in page and "slower than XLA in 0 of 2 rows" in page and "~80.0" in page
+    assert "not a measurement" in page and "slower than XLA in 0 of 2 rows" in page and "~40.0" in page
 
 
 def test_a_refused_kernel_is_not_compiled(calls, tmp_path):
