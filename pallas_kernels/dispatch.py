@@ -39,6 +39,7 @@ class Choice:
       unsupported: why the kernel cannot run at all there, or "" where it can.
       flop_reduction: FLOPs of dense over those of the structure.
       bound: the most any structure can gain over dense at this shape on this chip.
+      efficiency: FLOP rate of the kernel relative to one dense GEMM, typical of the compiler's estimates.
     """
 
     implementation: Implementation
@@ -46,6 +47,7 @@ class Choice:
     unsupported: str = ""
     flop_reduction: float = 1.0
     bound: float = float("inf")
+    efficiency: float = 0.75
 
 
 _ONLY_XLA: contextvars.ContextVar[bool] = contextvars.ContextVar("only_xla", default=False)

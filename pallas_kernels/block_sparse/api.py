@@ -20,6 +20,8 @@ from pallas_kernels.hopper_tiles import UNMEASURED
 from pallas_kernels.tiling import LANES, token_tiles, whole_sublanes, whole_tiles
 
 OP = "block_sparse"
+NARROW = 0.4
+"""Efficiency of blocks half as wide as the matrix units: on v6e, 128-wide blocks of density 0.5 take 91 k cycles, dense 77 k."""
 
 
 def block_sparse(
@@ -68,8 +70,9 @@ def choose(m: int, k: int, grid: tuple[int, int, int, int], dtype: Any, chip: Ch
         return Choice("xla", f"no kernel: {refused}; {density}", refused, **facts)
     if chip.platform == "gpu":
         return Choice("xla", f"{UNMEASURED}; {density}", **facts)
-    narrow = f", half of {chip.lanes}-wide matrix units" if min(p, s) < chip.lanes else ""
-    return Choice("pallas", f"{density}{narrow}", **facts)
+    if min(p, s) < chip.lanes:
+        return Choice("pallas", f"{density}, half of {chip.lanes}-wide matrix units", efficiency=NARROW, **facts)
+    return Choice("pallas", density, **facts)
 
 
 def _unsupported(m: int, k: int, grid: tuple[int, int, int, int], dtype: Any, chip: Chip) -> str:

@@ -106,9 +106,9 @@ def product(
     bound: Bound, params: Any, x: jax.Array, path: str = "auto", in_axes: Axes = None, out_axes: Axes = None
 ) -> jax.Array:
     """x `(..., d_in)` -> `(..., d_out)` by the path named, or the one `choose_path` names; by kernels under a mesh too."""
-    specs = None if path == "dense" else kernel_specs(bound, params, x, in_axes, out_axes)
+    specs, kernel = (None, None) if path == "dense" else kernel_specs(bound, params, x, in_axes, out_axes)
     if path == "auto":
-        path, _ = choose_path(bound, math.prod(x.shape[:-1]), kernel=specs is not None)
+        path, _ = choose_path(bound, math.prod(x.shape[:-1]), kernel)
     if path == "factored":
         return run(bound, params, x, specs)
     w = bound.materialize(params)

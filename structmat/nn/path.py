@@ -43,10 +43,6 @@ break-even moves; `path` overrides it."""
 DEFAULT = 0.3
 
 
-KERNEL = 0.75
-"""The same of a product by kernels on TPU: typical of the compiler's estimates in results/bench/tpu_static.json."""
-
-
 def relative_time(bound: Bound, rows: int) -> float:
     """Estimated time of the factored product in units of dense-GEMM FLOPs."""
     if isinstance(bound, BoundSum):
@@ -58,12 +54,12 @@ def relative_time(bound: Bound, rows: int) -> float:
     return bound._flops(rows) / EFFICIENCY.get(bound.structure.name, DEFAULT)
 
 
-def choose_path(bound: Bound, rows: int, kernel: bool = False) -> tuple[str, str]:
+def choose_path(bound: Bound, rows: int, kernel: float | None = None) -> tuple[str, str]:
     """(`factored` or `dense`, the reason) for a product with `rows` rows, from the measured efficiencies.
 
-    kernel: whether kernels would run the factored product.
+    kernel: the efficiency of the kernels that would run the factored product, None where none would.
     """
-    factored = bound._flops(rows) / KERNEL if kernel else relative_time(bound, rows)
+    factored = bound._flops(rows) / kernel if kernel else relative_time(bound, rows)
     dense = bound.cost(rows, path="dense").flops_executed
     path = "dense" if dense < factored else "factored"
     return path, f"estimated {factored:.3g} factored against {dense:.3g} dense, in dense-GEMM FLOPs at {rows} rows"

@@ -25,21 +25,25 @@ Specs = tuple[Any, PartitionSpec, PartitionSpec, tuple[str, ...]]
 """Of the leaves, of x, of y, and the mesh axes to sum over."""
 
 
-def kernel_specs(bound: Bound, params: Any, x: jax.Array, in_axes: Axes, out_axes: Axes) -> Specs | tuple[()] | None:
-    """How kernels would run x `(..., d_in)` -> `(..., d_out)`: on these parts of the ambient mesh, `()` for on the whole as
-    no mesh is in the way, or None where no rule takes a kernel or the family cannot be split like this.
+def kernel_specs(
+    bound: Bound, params: Any, x: jax.Array, in_axes: Axes, out_axes: Axes
+) -> tuple[Specs | tuple[()] | None, float | None]:
+    """How kernels would run x `(..., d_in)` -> `(..., d_out)`, and at which efficiency: on these parts of the ambient mesh,
+    `()` for on the whole as no mesh is in the way, or (None, None) where no rule takes a kernel or the family cannot be
+    split like this.
 
     Rows are split over the mesh axes of `batch`, over which weights are gathered if they are sharded there too (as FSDP
     does); the other axes split the sides of the matrix as the logical rules say, if the family takes them so
     (`Bound.splits`). A split input ends in one sum over its axes.
     """
     if current_chip().platform == "cpu":
-        return None
+        return None, None
     specs: Specs | tuple[()] | None = ()
     if partitioned():
         rules = nn.get_logical_axis_rules()
         specs = site_specs(bound, x.shape, in_axes, out_axes, rules) if rules else None
-    return specs if specs is not None and _has_kernel(bound, params, x, specs) else None
+    found = [] if specs is None else _efficiencies(bound, params, x, specs)
+    return (specs, min(found)) if found else (None, None)
 
 
 def run(bound: Bound, params: Any, x: jax.Array, specs: Specs | tuple[()] | None) -> jax.Array:
@@ -101,8 +105,8 @@ def _names(held: Any) -> tuple[str, ...]:
     return () if held is None else (held,) if isinstance(held, str) else tuple(held)
 
 
-def _has_kernel(bound: Bound, params: Any, x: jax.Array, specs: Specs | tuple[()]) -> bool:
-    """Whether some rule takes a kernel for one device's part."""
+def _efficiencies(bound: Bound, params: Any, x: jax.Array, specs: Specs | tuple[()]) -> list[float]:
+    """Of the kernels that rules take for one device's part."""
     mesh = jax.sharding.get_abstract_mesh()
 
     def part(value: jax.Array, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
@@ -113,4 +117,4 @@ def _has_kernel(bound: Bound, params: Any, x: jax.Array, specs: Specs | tuple[()
         params, x = jax.tree.map(part, dict(params), specs[0]), part(x, specs[1])
     with asking() as asked:
         jax.eval_shape(bound.matmul, params, x)
-    return any(choice.implementation == "pallas" for _, choice in asked)
+    return [choice.efficiency for _, choice in asked if choice.implementation == "pallas"]
