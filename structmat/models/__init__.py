@@ -3,5 +3,6 @@
 from structmat.models.gpt import GPT
 from structmat.models.llama import Llama
 from structmat.models.mlp import MLP
+from structmat.models.vit import ViT
 
-__all__ = ["GPT", "MLP", "Llama"]
+__all__ = ["GPT", "MLP", "Llama", "ViT"]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from structmat.models.attention import Structures, causal, into_heads, out_of_heads
 from structmat.models.cache import advance, append
+from structmat.models.feedforward import FeedForward
 from structmat.models.stack import apply_layers
 from structmat.nn import StructuredDense, StructuredEmbed
 from structmat.nn.sites import pick, scope
@@ -60,37 +61,8 @@ class Block(nn.Module):
         y = Attention(self.heads, self.context, self.dropout, self.dtype, own, name="attn")(y, train, decode)
         x = x + drop(y)
         y = nn.LayerNorm(dtype=self.dtype, name="mlp_norm")(x)
-        return x + drop(MLP(self.mlp_ratio, self.dtype, self.structures, name="mlp")(y)), None
-
-
-class MLP(nn.Module):
-    """Two linear maps around a GELU: width -> ratio * width -> width."""
-
-    ratio: int
-    dtype: Any
-    structures: Structures
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        up = StructuredDense(
-            self.ratio * width,
-            structure=pick(self.structures, "mlp/up"),
-            dtype=self.dtype,
-            in_axes="embed",
-            out_axes="mlp",
-            name="up",
-        )
-        down = StructuredDense(
-            width,
-            structure=pick(self.structures, "mlp/down"),
-            dtype=self.dtype,
-            in_axes="mlp",
-            out_axes="embed",
-            gain=0.0,
-            name="down",
-        )
-        return down(nn.gelu(up(x)))
+        mlp = FeedForward(self.mlp_ratio, self.dtype, scope(self.structures, "mlp"), name="mlp")
+        return x + drop(mlp(y)), None
 
 
 class GPT(nn.Module):

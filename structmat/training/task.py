@@ -55,6 +55,7 @@ class Task:
       unit: what throughput and FLOPs are counted in; `units` per batch.
       other_flops: FLOPs of a forward pass per unit outside the sites (attention products).
       load: reads the data; nothing before it touches any.
+      rows: (site path) -> rows it multiplies in one batch; None where all multiply `units`.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Task:
     units: int
     other_flops: int
     load: Callable[[], Source]
+    rows: Callable[[str], int] | None = None
 
     @functools.cached_property
     def table(self) -> dict[str, Site]:
@@ -91,14 +93,12 @@ class Task:
           executed: count each product on the path it takes, not by its structure's algorithm.
         """
         total = self.other_flops
-        for site in self.table.values():
+        for name, site in self.table.items():
             if site.kind != "embed" or getattr(self.model, "tie", False):
-                path = choose_path(site.bound, self.units)[0] if executed else "factored"
-                total += (
-                    site.bound.cost(self.units, path=path).flops_executed // self.units
-                    if executed
-                    else site.bound.cost(1).flops
-                )
+                rows = self.rows(name) if self.rows else self.units
+                path = choose_path(site.bound, rows)[0] if executed else "factored"
+                whole = site.bound.cost(rows, path=path).flops_executed if executed else rows * site.bound.cost(1).flops
+                total += whole // self.units
         return total
 
 

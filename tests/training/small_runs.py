@@ -36,3 +36,15 @@ def small_digits(**fields):
     config.eval.batches = 4
     config.update(fields)
     return config
+
+
+def small_images(**fields):
+    """A one-layer ViT of width 16 on the digits."""
+    config = default("images")
+    config.update(steps=12, batch=32, log_every=1)
+    config.model.update(layers=1, width=16, heads=2)
+    config.mup.base_width = 16
+    config.checkpoint.every = 5
+    config.eval.batches = 4
+    config.update(fields)
+    return config

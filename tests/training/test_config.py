@@ -104,6 +104,12 @@ BAD = [
     ("lm", {"model.name": MISSING}, "model.name", "missing"),
     ("digits", {"structure": "layers_1 -> fourier()"}, "structure", "is complex"),
     ("digits", {"model.heads": 4}, "model.heads", "no such field"),
+    ("images", {"model.patch": 3}, "model.patch", "must divide model.size=8; 2 does"),
+    ("images", {"model.heads": 7}, "model.heads", "must divide model.width=64; 8 does"),
+    ("images", {"model.classes": 0}, "model.classes", "at least 1"),
+    ("images", {"model.pool": "tokn"}, "model.pool", "did you mean 'token'"),
+    ("images", {"model.name": "vti"}, "model.name", "did you mean 'vit'"),
+    ("images", {"model.remat": "all"}, "model.remat", "valid: none, full, dots"),
     ("digits", {"model.layers": 0}, "model.layers", "at least 1"),
     ("digits", {"data.root": "/x"}, "data.root", "no such field"),
 ]

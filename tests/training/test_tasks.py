@@ -12,7 +12,7 @@ from structmat.structures import StructureError
 from structmat.training.config import validate
 from structmat.training.task import dump_table, mean_metrics, with_table
 from structmat.training.tasks import TASKS, digits, lm
-from tests.training.small_runs import small_digits, small_lm, write_corpus
+from tests.training.small_runs import small_digits, small_images, small_lm, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def zeros(task):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_batches_have_the_declared_shapes_and_follow_seed_and_step(name, corpus):
-    config = small_lm(corpus) if name == "lm" else small_digits()
+    config = {"lm": lambda: small_lm(corpus), "digits": small_digits, "images": small_images}[name]()
     task = validate(config)
     source = task.load()
     batch, again, later = source.batch(3, None), source.batch(3, None), source.batch(4, None)
@@ -85,6 +85,16 @@ def test_flops_count_sites_heads_and_attention(corpus):
     assert validate(config).flops() == 2 * 2 * (4 * 32 + 2 * 80) + 2 * 16 * 256 + attention
     config.model.tie = True
     assert validate(config).flops() == 2 * 2 * (4 * 32 + 2 * 80) + 2 * 16 * 256 + attention
+
+
+def test_flops_of_images_count_patches_tokens_and_one_head():
+    config = small_images()
+    tokens, cut, head = 17, 16 * 2 * 4 * 16, 2 * 16 * 10
+    block = 2 * (4 * 16 * 16 + 2 * 16 * 64)
+    assert validate(config).flops() == cut + tokens * block + head + 4 * tokens**2 * 16
+    assert validate(config).flops(executed=True) == validate(config).flops()
+    config.model.pool = "mean"
+    assert validate(config).flops() == cut + 16 * block + head + 4 * 16**2 * 16
 
 
 def test_stored_table_overrides_the_rules_and_must_fit(corpus):

@@ -1,8 +1,9 @@
 """Every task the loop knows, one line each; a task module has `defaults()`, `check(config)` and `build(config)`."""
 
-from structmat.training.tasks import digits, lm
+from structmat.training.tasks import digits, images, lm
 
 TASKS = {
     "lm": lm,
     "digits": digits,
+    "images": images,
 }

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from structmat.data import digits
 from structmat.models import MLP
 from structmat.training.model_choice import ModelChoice, at_least_one
-from structmat.training.task import Batch, Source, Task, Variables
+from structmat.training.task import Source, Task
+from structmat.training.tasks.classification import heldout, loss, majority
 
 PIXELS, CLASSES = 64, 10
-PADDING = -1
-"""Label of rows that only fill up a batch."""
 
 
 def build_mlp(config: Any) -> MLP:
@@ -71,41 +68,18 @@ def build(config: Any) -> Task:
     )
 
 
-def loss(
-    model: nn.Module, variables: Variables, batch: Batch, rng: jax.Array | None, train: bool
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy in nats and accuracy of images `(batch, 64)`; rows labelled PADDING do not count."""
-    labels = batch["labels"]
-    here = labels != PADDING
-    logits = model.apply(variables, batch["images"], train, rngs={"dropout": rng} if train else None)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    count = here.sum().astype(jnp.float32)
-    value = jnp.where(here, each, 0).sum() / count
-    accuracy = (here & (logits.argmax(-1) == labels)).sum() / count
-    return value, {"loss": value, "accuracy": accuracy, "count": count}
-
-
 def load(config: Any) -> Source:
     """Read the images."""
     data = digits.load()
-    majority = float(np.bincount(data.test_labels).max() / len(data.test_labels))
     return Source(
         batch=lambda step, rows=None: digits.digits_batch(config.seed, step, config.batch, rows),
         heldout=lambda: _heldout(config.batch, config.eval.batches or None),
         sha256=data.sha256,
         description=data.description,
-        reference={"majority_class": majority},
+        reference=majority(data.test_labels),
     )
 
 
 def _heldout(batch: int, limit: int | None) -> Iterator[dict[str, np.ndarray]]:
     whole = digits.heldout_set()
-    for number, start in enumerate(range(0, len(whole["labels"]), batch)):
-        if number == limit:
-            return
-        part = {name: a[start : start + batch] for name, a in whole.items()}
-        short = batch - len(part["labels"])
-        yield {
-            "images": np.pad(part["images"], ((0, short), (0, 0))),
-            "labels": np.pad(part["labels"], (0, short), constant_values=PADDING),
-        }
+    return heldout(lambda part: whole["images"][part], whole["labels"], batch, limit)

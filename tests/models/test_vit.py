@@ -1,0 +1,110 @@
+"""ViT against a plain numpy model of the same weights."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from structmat.models import ViT
+from structmat.models.vit import patches
+from structmat.nn import assign, site_params, sites
+from tests.marks import mostly_long
+
+SIZES = dict(classes=5, size=6, patch=2, channels=2, layers=2, width=16, heads=2, mlp_ratio=2)
+EXAMPLE = jax.ShapeDtypeStruct((3, 6, 6, 2), jnp.float32)
+RULES = "layers_.*/mlp/.* -> monarch(blocks=2); patches -> low_rank(rank=3)"
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(1), (3, 6, 6, 2))
+
+
+def shaken(model, images):
+    """Parameters with every leaf moved off its initial value, zeros included."""
+    held = nn.unbox(jax.jit(model.init)(jax.random.key(0), images))
+    leaves, tree = jax.tree.flatten(held)
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(tree, [v + 0.3 * rng.normal(size=v.shape).astype(np.float32) for v in leaves])
+
+
+def reference(model, variables, image):
+    """Logits of one image in float64 numpy; weights only as dense matrices."""
+    table, params = sites(model, EXAMPLE), variables["params"]
+
+    def own(path):
+        name, *rest = path.split("/")
+        node = params["layers_0to1" if name.startswith("layers_") else name]
+        for part in rest:
+            node = node[part]
+        take = lambda a: np.asarray(a[int(name[-1])] if name.startswith("layers_") else a, np.float64)
+        return jax.tree.map(take, node)
+
+    def linear(x, path):
+        w = np.asarray(table[path].bound.materialize(site_params(variables, path, table[path])), np.float64)
+        return x @ w + own(path)["bias"].ravel()
+
+    def norm(x, path):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * own(path)["scale"] + own(path)["bias"]
+
+    size, side = model.width // model.heads, model.size // model.patch
+    cut = [
+        np.asarray(image, np.float64)[i * 2 : i * 2 + 2, j * 2 : j * 2 + 2].ravel()
+        for i in range(side)
+        for j in range(side)
+    ]
+    x = linear(np.stack(cut), "patches")
+    if model.pool == "token":
+        x = np.concatenate([np.asarray(params["token"], np.float64)[None], x])
+    x = x + np.asarray(params["positions"], np.float64)
+    for i in range(model.layers):
+        y = norm(x, f"layers_{i}/attn_norm")
+        q, k, v = (linear(y, f"layers_{i}/attn/{name}").reshape(-1, model.heads, size) for name in "qkv")
+        p = np.exp(np.einsum("qhd,khd->hqk", q, k) / np.sqrt(size))
+        y = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v).reshape(len(x), -1)
+        x = x + linear(y, f"layers_{i}/attn/o")
+        hidden = linear(norm(x, f"layers_{i}/mlp_norm"), f"layers_{i}/mlp/up")
+        gelu = 0.5 * hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        x = x + linear(gelu, f"layers_{i}/mlp/down")
+    x = norm(x, "norm")
+    return linear(x[0] if model.pool == "token" else x.mean(0), "head")
+
+
+@pytest.mark.parametrize(("rules", "pool"), mostly_long([(RULES, "token"), ("dense()", "mean")], [(RULES, "token")]))
+def test_logits_equal_the_plain_model(images, rules, pool):
+    model = assign(ViT(**SIZES, pool=pool), rules, EXAMPLE)
+    held = shaken(model, images)
+    logits = jax.jit(model.apply)(held, images)
+    expected = np.stack([reference(model, held, image) for image in images])
+    assert logits.dtype == jnp.float32 and np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits, expected, atol=3e-5 * np.abs(expected).max())
+
+
+def test_patches_are_the_products_of_a_strided_convolution(images):
+    kernel = jax.random.normal(jax.random.key(2), (2, 2, 2, 7))
+    layout = ("NHWC", "HWIO", "NHWC")
+    expected = jax.lax.conv_general_dilated(images, kernel, (2, 2), "VALID", dimension_numbers=layout)
+    found = patches(images, 6, 2, 2) @ kernel.reshape(8, 7)
+    np.testing.assert_allclose(found, expected.reshape(3, 9, 7), atol=1e-5)
+    np.testing.assert_array_equal(patches(images.reshape(3, -1), 6, 2, 2), patches(images, 6, 2, 2))
+
+
+def test_a_bare_structure_leaves_patches_and_head_dense():
+    table = sites(assign(ViT(**SIZES), "low_rank(rank=2)", EXAMPLE), EXAMPLE)
+    assert len(table) == 2 * 6 + 2
+    assert {path for path, site in table.items() if site.bound.structure.name == "dense"} == {"patches", "head"}
+    assert table["patches"].kind == "conv" and table["patches"].bound.d_in == 8
+
+
+def test_sizes_are_checked(images):
+    for change, message in (
+        ({"heads": 3}, "heads=3 must divide width=16"),
+        ({"patch": 4}, "patch=4 must divide size=6"),
+        ({"pool": "max"}, "pool must be one of token, mean"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ViT(**SIZES | change).init(jax.random.key(0), images)
