@@ -119,7 +119,7 @@ class ViT(nn.Module):
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",))
             token = self.param("token", zeros, (self.width,), jnp.float32).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, self.width)), x], axis=1)
-        normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        normal = nn.with_logical_partitioning(nn.initializers.normal(0.1), (None, "embed"))
         x = x + self.param("positions", normal, x.shape[1:], jnp.float32).astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
