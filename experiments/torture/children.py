@@ -56,9 +56,9 @@ class Child:
         return " | ".join(text.strip().splitlines()[-lines:])
 
 
-def results(target: Target, *args: Any, log: Path, devices: int = 1) -> list[Any]:
+def results(target: Target, *args: Any, log: Path, devices: int = 1, cache: Path | None = None) -> list[Any]:
     """All reports of a child that has to end well; raises RuntimeError with the end of its output if it does not."""
-    child = Child(target, *args, log=log, devices=devices)
+    child = Child(target, *args, log=log, devices=devices, cache=cache)
     found = list(child.reports())
     if code := child.end():
         raise RuntimeError(f"{target.__name__} ended with {code}: {child.tail(6)}")

@@ -8,10 +8,15 @@ import time
 from experiments.torture.children import Child, results
 from experiments.torture.figures import Trial, figure
 from experiments.torture.runs import Tiny, bits, examples, run
+from structmat.structures import FAMILIES
 
 EVERY = 5
 PACE = 0.1
 """Seconds between steps: longer than a save takes, as in a real run."""
+
+KINDS = ("spectral", "block_low_rank", "kronecker", "tensor_train", "n_m_sparse", "block_sparse", "channel_sparse")
+KINDS += ("dictionary", "quantized", "toeplitz", "butterfly", "householder", "permutation")
+"""Small factors, masks, indices, codes, spectra, fixed matrices."""
 
 
 def kill(trial: Trial, tiny: Tiny, kills: int, delay: float = EVERY * PACE) -> None:
@@ -88,9 +93,17 @@ def rule(trial: Trial) -> None:
     many(trial, [long("masked(dense(), n_m_sparse(n=2, m=4))", 20, rule=True)], 20)
 
 
+@figure("R1 kinds", "kill -9, a family of every kind of leaf and product, two kills each")
+def kinds(trial: Trial) -> None:
+    """Two kills each of `KINDS`."""
+    many(trial, [long(FAMILIES[name].about.example, 2) for name in KINDS], 2)
+    trial.notes["families"] = len(KINDS)
+
+
 @figure("R1 others", "kill -9, every other family, two kills each")
 def others(trial: Trial) -> None:
-    """Two kills of each other family's example."""
-    texts = [text for text in examples() if text != "dense()"]
+    """Two kills each of the examples of the families left."""
+    taken = {"dense()", *(FAMILIES[name].about.example for name in KINDS)}
+    texts = [text for text in examples() if text not in taken]
     many(trial, [long(text, 2) for text in texts], 2)
     trial.notes["families"] = len(texts)

@@ -28,8 +28,8 @@ def make_step(
     was. The rule acts after the optimiser, on the steps that are due, and sees the new parameters.
 
     Returns:
-      (state, batch) -> (state, metrics). Metrics are scalars, but for `bad`: bool (leaves of params,), which gradients
-      or updates were not finite.
+      (state, batch) -> (state, metrics). Metrics are scalars, but for `bad`: bool (leaves of params,), which parameters
+      are not finite; if all are, which gradients were not; if all were, which updates.
     """
     table = task.table
 
@@ -44,8 +44,7 @@ def make_step(
         grads = jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_sq, update_sq = _squares(grads), _squares(updates)
-        bad = ~(jnp.isfinite(grad_sq) & jnp.isfinite(update_sq))
-        ok = jnp.isfinite(value) & ~bad.any()
+        ok = jnp.isfinite(value) & jnp.isfinite(grad_sq).all() & jnp.isfinite(update_sq).all()
 
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
         skipped = (~ok).astype(jnp.int32)
@@ -65,10 +64,15 @@ def make_step(
 
         if rule is not None:
             new = jax.lax.cond(ok & rule.due(new.step), act, lambda now: now, new)
+        param_sq = _squares(new.params)
+        # A weight spoils every gradient, and clipping by the global norm spreads one gradient over all updates.
+        bad = jnp.zeros(param_sq.shape, bool)
+        for squares in (update_sq, grad_sq, param_sq):
+            bad = jnp.where(jnp.isfinite(squares).all(), bad, ~jnp.isfinite(squares))
         metrics = {name: m for name, m in metrics.items() if name != "count"} | {
             "grad_norm": jnp.sqrt(grad_sq.sum()),
             "update_norm": jnp.sqrt(update_sq.sum()),
-            "param_norm": jnp.sqrt(_squares(new.params).sum()),
+            "param_norm": jnp.sqrt(param_sq.sum()),
             "lr": jnp.asarray(schedule(state.step - state.skips[1]), jnp.float32),
             "skipped": new.skips[0],
             "skipped_total": new.skips[1],

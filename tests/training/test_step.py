@@ -77,17 +77,27 @@ def test_non_finite_step_changes_only_the_counters(digits_run):
 
 def test_a_single_bad_gradient_is_found_by_name(digits_run):
     task, tx, schedule, state, _ = digits_run
-    sqrt_of_zero = lambda bias: jnp.sqrt(jnp.abs(bias - jax.lax.stop_gradient(bias))).sum()
+    sqrt_of_zero = lambda w: jnp.sqrt(jnp.abs(w - jax.lax.stop_gradient(w))).sum()
 
     def loss(model, variables, batch, rng, train):
         value, metrics = task.loss(model, variables, batch, rng, train)
-        return value + sqrt_of_zero(variables["params"]["head"]["bias"]), metrics
+        return value + sqrt_of_zero(variables["params"]["layers_0"]["1"]["b"]), metrics
 
     step = jax.jit(make_step(dataclasses.replace(task, loss=loss), tx, None, schedule, 0))
     after, metrics = step(state, batches(task, 1)[0])
     paths = leaf_paths(state.params)
-    assert [path for path, bad in zip(paths, metrics["bad"]) if bad] == ["head/bias"]
+    assert [path for path, bad in zip(paths, metrics["bad"]) if bad] == ["layers_0/1/b"]
     assert np.isfinite(float(metrics["loss"])) and after.skips.tolist() == [1, 1]
+
+
+def test_a_single_bad_weight_is_found_by_name(digits_run):
+    task, _, _, state, step = digits_run
+    leaves, tree = jax.tree.flatten(state.params)
+    leaves[-1] = leaves[-1].at[0].set(np.nan)
+    _, metrics = step(state.replace(params=jax.tree.unflatten(tree, leaves)), batches(task, 1)[0])
+    paths = leaf_paths(state.params)
+    assert metrics["skipped"] == 1
+    assert [path for path, bad in zip(paths, metrics["bad"]) if bad] == paths[-1:] != paths[:1]
 
 
 class Spiral(nn.Module):
