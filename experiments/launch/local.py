@@ -92,12 +92,12 @@ class Job:
     """The processes of one start of a command.
 
     Attributes:
-      stopped: whether SIGTERM or Ctrl-C came.
+      children: the processes, in order. stopped: whether SIGTERM or Ctrl-C came.
     """
 
     def __init__(self, command: Sequence[str], count: int, devices: int, grace: float):
         self._command, self._count, self._devices, self._grace = list(command), count, devices, grace
-        self._children: list[subprocess.Popen[bytes]] = []
+        self.children: list[subprocess.Popen[bytes]] = []
         self._print = threading.Lock()
         self.stopped = False
 
@@ -135,7 +135,7 @@ class Job:
             )
         except OSError as error:
             raise command_line.LaunchError(f"{self._command[0]!r} cannot be started: {error.strerror}") from None
-        self._children.append(child)
+        self.children.append(child)
         threads = []
         for source, target in ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer)):
             assert source is not None
@@ -156,7 +156,7 @@ class Job:
     def _wait(self) -> int:
         """Until all have ended; after a first bad end the others get `grace` seconds."""
         code, until = 0, float("inf")
-        running = dict(enumerate(self._children))
+        running = dict(enumerate(self.children))
         while running:
             for i in [i for i, child in running.items() if child.poll() is not None]:
                 ended = running.pop(i).returncode
@@ -174,7 +174,7 @@ class Job:
         return code if code >= 0 else 128 - code
 
     def _kill(self) -> None:
-        for child in self._children:
+        for child in self.children:
             if child.poll() is None:
                 child.kill()
                 child.wait()
@@ -183,7 +183,7 @@ class Job:
     def _listening(self) -> Iterator[None]:
         def forward(number: int, frame: object) -> None:
             self.stopped = True
-            for child in self._children:
+            for child in self.children:
                 if child.poll() is None:
                     child.terminate()
 
