@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.torture.figures import Row
 from structmat.training.record import Record
-
-
-def as_json(row: Row) -> dict[str, Any]:
-    """A row with its count and verdict."""
-    return dataclasses.asdict(row) | {"held": row.held, "ok": row.ok}
 
 
 def table(figures: dict[str, Any], style: box.Box) -> Table:

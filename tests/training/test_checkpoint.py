@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from experiments.torture.damages import DAMAGES, files
 from structmat.training import manifest
 from structmat.training.checkpoint import Checkpointer, CheckpointError
 
@@ -153,86 +154,17 @@ def test_due_and_bad_arguments(tmp_path):
 # ---- damage ----
 
 
-def files(folder):
-    return sorted(p for p in folder.rglob("*") if p.is_file())
+CASES = [(kind, n) for kind in DAMAGES for n in range(8 if kind == "flip" else 2)]
 
 
-def flip(folder, rng):
-    victim = rng.choice([p for p in files(folder) if p.stat().st_size])
-    data = bytearray(victim.read_bytes())
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    victim.write_bytes(data)
-
-
-def truncate(folder, rng):
-    victim = rng.choice([p for p in files(folder) if p.stat().st_size])
-    victim.write_bytes(victim.read_bytes()[: rng.randrange(victim.stat().st_size)])
-
-
-def empty(folder, rng):
-    rng.choice([p for p in files(folder) if p.stat().st_size]).write_bytes(b"")
-
-
-def delete(folder, rng):
-    rng.choice(files(folder)).unlink()
-
-
-def grow(folder, rng):
-    with rng.choice(files(folder)).open("ab") as f:
-        f.write(b"\0garbage")
-
-
-def swap(folder, rng):
-    a, b = rng.sample([p for p in files(folder) if p.stat().st_size], 2)
-    x, y = a.read_bytes(), b.read_bytes()
-    a.write_bytes(y)
-    b.write_bytes(x)
-
-
-def from_older(folder, rng):
-    """A file of an older step with the same name, or the manifest of the older step."""
-    name = rng.choice([manifest.NAME, "_CHECKPOINT_METADATA"])
-    shutil.copy(folder.parent / "20" / name, folder / name)
-
-
-def garbage_json(folder, rng):
-    text = rng.choice(["", "{", "[]", "null", '{"body": 3, "sha256": "x"}', "\xff\xfe", "[" * 100_000])
-    (folder / manifest.NAME).write_text(text)
-
-
-def edited_manifest(folder, rng):
-    document = json.loads((folder / manifest.NAME).read_text())
-    rng.choice(list(document["body"]["arrays"].values()))["checksum"] = "0" * 16
-    (folder / manifest.NAME).write_text(json.dumps(document))
-
-
-def emptied_folder(folder, rng):
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-def a_file(folder, rng):
-    shutil.rmtree(folder)
-    folder.write_text("30")
-
-
-def older_renamed(folder, rng):
-    shutil.rmtree(folder)
-    shutil.copytree(folder.parent / "20", folder)
-
-
-DAMAGES = [flip] * 10 + [truncate, empty, delete, garbage_json] * 3 + [swap, from_older, edited_manifest, grow] * 2
-DAMAGES += [emptied_folder, a_file, older_renamed]
-
-
-@pytest.mark.parametrize(("seed", "damage"), list(enumerate(DAMAGES)), ids=lambda v: getattr(v, "__name__", v))
-def test_damage_falls_back_to_the_older_step_and_says_why(workdir, three_saves, seed, damage):
-    damage(workdir / "checkpoints" / "30", random.Random(seed))
+@pytest.mark.parametrize(("kind", "seed"), CASES)
+def test_damage_falls_back_to_the_older_step_and_names_the_file(workdir, three_saves, kind, seed):
+    damaged = DAMAGES[kind](workdir / "checkpoints" / "30", random.Random(f"{kind} {seed}"))
     restored = restore(workdir, abstract(three_saves[1][10]))
     assert restored.step == restored.extra["step"] == 20
     assert_same_bits(restored.state, three_saves[1][20])
     [(step, reason)] = restored.skipped
-    assert step == 30 and reason
+    assert step == 30 and any(name in reason for name in damaged), (damaged, reason)
 
 
 def test_without_file_hashes_the_array_checksums_decide(tmp_path):
