@@ -3,12 +3,16 @@
 import doctest
 import importlib.util
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from experiments import structures
 from structmat.structures import CONSTRUCTORS, FAMILIES, StructureError, parse
+from structmat.training.config import validate
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -25,6 +29,26 @@ def test_commands_and_files_exist():
     assert all(importlib.util.find_spec(m) for m in modules)
     paths = set(re.findall(r"(?:configs|structmat|tests|results)/[\w./]+\w", TEXT))
     assert len(paths) > 5 and all((ROOT / p).exists() for p in paths), paths
+
+
+def test_launch_commands_run_dry_and_their_configs_fit():
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S)).replace("\\\n", " ")
+    commands = [shlex.split(line) for line in blocks.splitlines() if line.startswith("python -m experiments.launch")]
+    devices = {"experiments.launch.local": 4, "experiments.launch.slurm": 32, "experiments.launch.tpu_pod": 64}
+    assert [words[2] for words in commands] == list(devices)
+    for _, *own in commands:
+        inner = own[own.index("--") + 1 :]
+        dry = [sys.executable, *own[:2], "--dry_run", *own[2:]]
+        done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and shlex.join(inner) in done.stdout, done.stderr
+        assert inner[:3] == ["python", "-m", "experiments.train"]
+        given = dict(re.match(r"--([\w.]+)=(.*)", word).groups() for word in inner[3:])
+        assert given.pop("workdir")
+        path, _, argument = given.pop("config").partition(":")
+        config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config(argument or None)
+        for field, value in given.items():
+            config.update_from_flattened_dict({field.removeprefix("config."): int(value)})
+        validate(config, devices[own[1]])
 
 
 def test_every_structure_is_explained():

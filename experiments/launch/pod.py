@@ -7,7 +7,7 @@ import shlex
 
 from experiments.launch import command_line
 
-MOUNT = "/mnt/structmat"
+MOUNT = "/mnt/shared"
 ARCHIVE = "structmat.tar.gz"
 _INSTALL = (
     f"rm -rf structmat && mkdir structmat && tar -xzf {ARCHIVE} -C structmat && python3 -m pip install --user -q uv && "

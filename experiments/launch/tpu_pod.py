@@ -1,10 +1,10 @@
 """Run a command on every host of a TPU pod slice, or of several, through gcloud; again after each preemption.
 
     python -m experiments.launch.tpu_pod --name=llama --project=my-project --zone=us-east5-a --accelerator=v5p-128 --spot \
-        --nfs=10.0.0.2:/share -- python -m experiments.train --config=configs/demo_lm.py --workdir=/mnt/structmat/llama
+        --nfs=10.0.0.2:/share -- python -m experiments.train --config=configs/demo_lm.py --workdir=/mnt/shared/llama
 
 Asks for a queued resource (or finds the one of that name), waits for it, copies the committed code (HEAD), installs it,
-mounts the shared folder at /mnt/structmat, and runs the command on all hosts. A run that ends without its record.json is
+mounts the shared folder at /mnt/shared, and runs the command on all hosts. A run that ends without its record.json is
 started again and goes on from its newest checkpoint; a slice that was preempted is asked for anew. Afterwards the
 resource is deleted, unless `--keep`. It runs in the foreground: put it into tmux on a machine that stays. `--dry_run`
 prints every gcloud command of it. These are tested for what they say and for their order, never against the cloud.
@@ -34,7 +34,7 @@ ACCELERATOR = flags.DEFINE_string("accelerator", None, "Type and size, such as v
 SLICES = flags.DEFINE_integer("slices", 1, "How many of that accelerator, joined by the data-centre network.")
 RUNTIME = flags.DEFINE_string("runtime", None, "Software of the VMs; default by the accelerator.")
 SPOT = flags.DEFINE_bool("spot", False, "Cheaper machines that may be taken away.")
-NFS = flags.DEFINE_string("nfs", None, "host:/folder shared by all hosts (Filestore), mounted at /mnt/structmat.")
+NFS = flags.DEFINE_string("nfs", None, "host:/folder shared by all hosts (Filestore), mounted at /mnt/shared.")
 KEEP = flags.DEFINE_bool("keep", False, "Leave the resource standing, and its price, when the run is done.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, and run none.")
 

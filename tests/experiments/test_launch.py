@@ -81,7 +81,7 @@ def test_slurm_script(monkeypatch, capsys, tmp_path):
 
 
 def test_tpu_pod_dry_run(monkeypatch, capsys):
-    command = [*TRAIN, "--workdir=/mnt/structmat/my run"]
+    command = [*TRAIN, "--workdir=/mnt/shared/my run"]
     text = printed(monkeypatch, capsys, tpu_pod, command, **POD, slices=2, spot=True)
     assert text.startswith("# 2 x v5p-16: 4 hosts")
     made = [shlex.split(line) for line in text.splitlines() if not line.startswith("#")]
@@ -89,10 +89,10 @@ def test_tpu_pod_dry_run(monkeypatch, capsys):
     assert verbs == ["create", "describe", "archive", "scp", "scp", "ssh", "ssh", "ssh", "ssh", "ssh", "delete"]
     assert {"--node-count=2", "--node-prefix=llama", "--spot", "--accelerator-type=v5p-16"} <= set(made[0])
     assert all({"--project=my-project", "--zone=us-east5-a"} <= set(words) for words in made if words[0] == "gcloud")
-    assert made[5][5:7] == ["llama-0", "--worker=all"] and "10.0.0.2:/share /mnt/structmat" in made[5][-1]
+    assert made[5][5:7] == ["llama-0", "--worker=all"] and "10.0.0.2:/share /mnt/shared" in made[5][-1]
     remote = made[7][-1].removeprefix("--command=")
     assert shlex.split(remote)[-len(command) :] == command
-    assert made[9][-1] == "--command=test -e '/mnt/structmat/my run/record.json'"
+    assert made[9][-1] == "--command=test -e '/mnt/shared/my run/record.json'"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_tpu_pod_dry_run(monkeypatch, capsys):
         (tpu_pod, POD | {"accelerator": "v5e-16"}, ["x"], "v5e is called v5litepod"),
         (tpu_pod, POD | {"accelerator": "v6-16"}, ["x"], "did you mean 'v6e'?"),
         (tpu_pod, POD | {"nfs": "nowhere"}, ["x"], "--nfs='nowhere'"),
-        (tpu_pod, POD, ["x", "--workdir=/tmp/a"], "must be in the shared folder, such as /mnt/structmat/llama"),
+        (tpu_pod, POD, ["x", "--workdir=/tmp/a"], "must be in the shared folder, such as /mnt/shared/llama"),
         (tpu_pod, POD | {"nfs": None}, ["x", "--workdir=/tmp/a"], "the 2 hosts of v5p-16 share no disk"),
         (tpu_pod, POD, ["x"], "no --workdir=DIR"),
     ],
@@ -159,7 +159,7 @@ class Cloud:
         return 0, ""
 
     def drive(self, keep=False):
-        pod = Pod("llama", "p", "z", "v5p-8", "r", (*TRAIN, "--workdir=/mnt/structmat/a"))
+        pod = Pod("llama", "p", "z", "v5p-8", "r", (*TRAIN, "--workdir=/mnt/shared/a"))
         return tpu_pod.drive(pod, self, keep, wait=lambda s: None, say=lambda t: None, clock=lambda: self.now)
 
 
