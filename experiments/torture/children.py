@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -17,7 +18,8 @@ Target = Callable[..., Any]
 """(report, *args) -> None, importable by name; `report(value)` sends a picklable value to the parent."""
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["experiments.torture.children", "experiments.train", "sklearn.datasets", "tensorboardX"])
+_FIGURES = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}.") if m.name[-1] != "_"]
+_FORKS.set_forkserver_preload([*_FIGURES, "experiments.train", "sklearn.datasets", "tensorboardX"])
 
 
 class Child:

@@ -49,10 +49,15 @@ def train_all(report: Callable[[Any], None], tinies: Sequence[Tiny]) -> None:
 
 @figure("R8", "every family trained three times, each in another process: equal to the bit", least=25)
 def reruns(trial: Trial, structures: Sequence[str] | None = None, times: int = 3, steps: int = 20) -> None:
-    """Each of `structures` (default: every family's example, a sum, and one with a rule), `times` times."""
+    """Each of `structures` (default: every family's example, a sum) and one with a rule, `times` times.
+
+    The second compiles anew what the first did, later ones load its compiled programs.
+    """
     texts = [*examples(), SUM] if structures is None else structures
     tinies = [Tiny(text, steps=steps, every=steps) for text in texts] + [Tiny(rule=True, steps=steps, every=steps)]
-    found = [dict(results(train_all, tinies, log=trial.folder / f"{n}.log")) for n in range(times)]
+    programs = trial.folder / "programs"
+    caches = [None if n == 1 else programs for n in range(times)]  # compiled, compiled again, loaded
+    found = [dict(results(train_all, tinies, log=trial.folder / f"{n}.log", cache=c)) for n, c in enumerate(caches)]
     for n, tiny in enumerate(tinies):
         digests = {each[n] for each in found}
         trial.check(tiny.structure + " with a rule" * tiny.rule, len(digests) == 1, f"{len(digests)} different results")
