@@ -31,7 +31,6 @@ from experiments import cli
 from experiments.own_flags import OwnFlags
 from structmat.analysis.plots import tradeoff
 from structmat.analysis.timing import interleaved
-from structmat.nn import choose_path
 from structmat.parallel import make_mesh, on_mesh, shard_batch
 from structmat.structures import Rules, parse
 from structmat.training import workdir
@@ -172,8 +171,8 @@ def row_of(arm: Arm, record: Record, dense: Record, seconds: float, dense_second
 
 def _path(arm: Arm) -> str:
     """How the structured products of a step are computed: factored, dense (materialised first) or mixed."""
-    sites = [s for s in arm.task.table.values() if s.kind == "linear"]
-    paths = {choose_path(s.bound, arm.task.units)[0] for s in sites if s.bound.structure.name != "dense"}
+    linear = {p: s for p, s in arm.task.table.items() if s.kind == "linear"}
+    paths = {arm.task.path_at(p) for p, s in linear.items() if s.bound.structure.name != "dense"}
     return "mixed" if len(paths) > 1 else next(iter(paths), "dense")
 
 

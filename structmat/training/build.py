@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from structmat.nn import sites
 from structmat.optim import decay_mask, make_optimizer, make_schedule, multipliers
 from structmat.parallel import batch_sharding, shard_batch, unbox
+from structmat.training.accumulate import mean_over_parts
 from structmat.training.state import TrainState, abstract_variables, variables_of
 from structmat.training.step import Step
 from structmat.training.task import Batch, Source, Task, Variables, mean_metrics
@@ -46,7 +47,11 @@ def lower_step(task: Task, step: Step, template: TrainState, mesh: Mesh) -> jax.
 
 def make_eval_step(task: Task, mesh: Mesh) -> EvalStep:
     """(variables, batch) -> the loss's metrics without dropout, replicated."""
-    run = lambda variables, batch: task.loss(task.model, variables, batch, None, False)[1]
+
+    def run(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        score = lambda _, part: task.loss(task.model, variables, part, None, False)
+        return mean_over_parts(score, batch, task.accumulate)[1]
+
     return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 

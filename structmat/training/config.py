@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from structmat.training.task import Task
 from structmat.training.tasks import TASKS
 
 DTYPES = ("float32", "bfloat16")
-FREE = ("mesh", "checkpoint", "log_every", "max_skips", "profile")
+FREE = ("mesh", "accumulate", "checkpoint", "log_every", "max_skips", "profile")
 """Fields a resumed run may change; all others decide what is learned."""
 
 
@@ -34,6 +35,7 @@ def default(task: str = "lm", model: str | None = None) -> ConfigDict:
             seed=0,  # of initialisation, data order and dropout
             steps=600,
             batch=16,  # examples per step over all devices
+            accumulate=1,  # parts of a batch whose gradients are computed in turn, so that one part's activations fit
             structure="dense()",  # one structure for all linear sites, or 'regex -> structure; regex -> structure'
             optim=dict(
                 name="adamw",
@@ -98,7 +100,7 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
     _check_optim(config)
     task.check(config)
     _check_mesh(config, jax.device_count() if devices is None else devices)
-    built = task.build(config)
+    built = dataclasses.replace(task.build(config), accumulate=config.accumulate)
     try:
         built = built.with_model(assign(built.model, config.structure, *built.example))
         built.table  # noqa: B018  traces the model, which refuses what its layers cannot hold, such as a complex product
@@ -145,7 +147,16 @@ def _check_fields(given: Mapping[str, Any], wanted: Mapping[str, Any], prefix: s
 def _check_ranges(config: ConfigDict) -> None:
     if not 0 <= config.seed < 2**31:
         raise ConfigError("seed", config.seed, "must be in 0 .. 2147483647", f"{config.seed % 2**31} is")
-    for field in ("steps", "batch", "max_skips", "log_every", "checkpoint.every", "checkpoint.keep", "mup.base_width"):
+    for field in (
+        "steps",
+        "batch",
+        "accumulate",
+        "max_skips",
+        "log_every",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "mup.base_width",
+    ):
         _at_least(config, field, 1)
     for field in ("eval.every", "eval.batches"):
         _at_least(config, field, 0)
@@ -213,11 +224,10 @@ def _check_mesh(config: ConfigDict, devices: int) -> None:
         data, fsdp, _ = mesh_shape(config.mesh.to_dict(), devices)
     except MeshError as error:
         raise ConfigError("mesh", config.mesh.to_dict(), str(error)) from None
-    if config.batch % (parts := data * fsdp):
+    what = "mesh data x fsdp" + (" x accumulate" if config.accumulate > 1 else "")
+    if config.batch % (parts := data * fsdp * config.accumulate):
         valid = nearest(config.batch, range(parts, config.batch + 2 * parts, parts), 2)
-        raise ConfigError(
-            "batch", config.batch, f"must be divisible by mesh data x fsdp = {parts}", f"nearest: {valid}"
-        )
+        raise ConfigError("batch", config.batch, f"must be divisible by {what} = {parts}", f"nearest: {valid}")
 
 
 def identity(config: ConfigDict, rule: Any = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from structmat.training.accumulate import mean_over_parts
 from structmat.training.rule import Rule, dense_gradients
 from structmat.training.state import TrainState, variables_of
 from structmat.training.task import Batch, Task
@@ -23,7 +24,7 @@ def make_step(
 ) -> Step:
     """The step, to be jitted with the state donated.
 
-    Only `params` are differentiated. Complex gradients are conjugated once, so that stepping against them descends.
+    Only `params` are differentiated, over `task.accumulate` parts of the batch in turn. Complex gradients are conjugated once, so that stepping against them descends.
     Where the loss, a gradient or an update is not finite, everything but the clock and the skip counters stays as it
     was. The rule acts after the optimiser, on the steps that are due, and sees the new parameters.
 
@@ -33,14 +34,27 @@ def make_step(
     """
     table = task.table
 
+    def loss(variables: Any, dropout: jax.Array, number: Any, part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Of one part of a batch, each with its own dropout."""
+        key = jax.random.fold_in(dropout, number) if task.accumulate > 1 else dropout
+        return task.loss(task.model, variables, part, key, True)
+
+    def whole_loss(variables: Any, dropout: jax.Array, batch: Batch) -> jax.Array:
+        """The mean loss; its gradient computes each part again instead of keeping all activations."""
+        of_part = lambda number, part: loss(variables, dropout, number, part)
+        of_part = jax.checkpoint(of_part) if task.accumulate > 1 else of_part
+        return mean_over_parts(of_part, batch, task.accumulate)[0]
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         dropout = jax.random.fold_in(key, DROPOUT)
 
-        def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return task.loss(task.model, {"params": params, "frozen": state.frozen}, batch, dropout, True)
+        def gradients(number: Any, part: Batch) -> tuple[Any, dict[str, jax.Array]]:
+            by_params = lambda p: loss({"params": p, "frozen": state.frozen}, dropout, number, part)
+            (value, metrics), grads = jax.value_and_grad(by_params, has_aux=True)(state.params)
+            return (value, grads), metrics
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (value, grads), metrics = mean_over_parts(gradients, batch, task.accumulate)
         grads = jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_sq, update_sq = _squares(grads), _squares(updates)
@@ -58,8 +72,7 @@ def make_step(
         def act(now: TrainState) -> TrainState:
             grads = {}
             if rule.needs_dense_gradients:
-                dense_loss = lambda v: task.loss(task.model, v, batch, dropout, True)[0]
-                grads = dense_gradients(dense_loss, variables_of(now), table)
+                grads = dense_gradients(lambda v: whole_loss(v, dropout, batch), variables_of(now), table)
             return rule.update(jax.random.fold_in(key, RULE), now.step, grads, now)
 
         if rule is not None:

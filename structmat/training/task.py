@@ -56,6 +56,7 @@ class Task:
       other_flops: FLOPs of a forward pass per unit outside the sites (attention products).
       load: reads the data; nothing before it touches any.
       rows: (site path) -> rows it multiplies in one batch; None where all multiply `units`.
+      accumulate: parts of a batch whose gradients are computed in turn.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Task:
     other_flops: int
     load: Callable[[], Source]
     rows: Callable[[str], int] | None = None
+    accumulate: int = 1
 
     @functools.cached_property
     def table(self) -> dict[str, Site]:
@@ -95,11 +97,19 @@ class Task:
         total = self.other_flops
         for name, site in self.table.items():
             if site.kind != "embed" or getattr(self.model, "tie", False):
-                rows = self.rows(name) if self.rows else self.units
-                path = choose_path(site.bound, rows)[0] if executed else "factored"
-                whole = site.bound.cost(rows, path=path).flops_executed if executed else rows * site.bound.cost(1).flops
-                total += whole // self.units
+                rows = self.rows_at(name)
+                cost = site.bound.cost(rows, path=self.path_at(name)) if executed else None
+                one_call = cost.flops_executed if cost else rows * site.bound.cost(1).flops
+                total += self.accumulate * one_call // self.units
         return total
+
+    def rows_at(self, path: str) -> int:
+        """Rows that one call of the site multiplies."""
+        return (self.rows(path) if self.rows else self.units) // self.accumulate
+
+    def path_at(self, path: str) -> str:
+        """`factored` or `dense`: how the site multiplies them."""
+        return choose_path(self.table[path].bound, self.rows_at(path))[0]
 
 
 def dump_table(table: Mapping[str, Site]) -> dict[str, dict[str, Any]]:

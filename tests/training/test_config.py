@@ -40,6 +40,8 @@ BAD = [
     ("lm", {"steps": 2**31}, "steps", "below"),
     ("lm", {"batch": 0}, "batch", "at least 1"),
     ("lm", {"batch": 12}, "batch", "nearest: 8, 16"),
+    ("lm", {"accumulate": 0}, "accumulate", "at least 1"),
+    ("lm", {"accumulate": 4}, "batch", "mesh data x fsdp x accumulate = 32; nearest: 32, 64"),
     ("lm", {"bacth": 8}, "bacth", "did you mean 'batch'"),
     ("lm", {"batch": MISSING}, "batch", "missing"),
     ("lm", {"max_skips": 0}, "max_skips", "at least 1"),
