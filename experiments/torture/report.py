@@ -37,11 +37,11 @@ def report(record: Record, out: Path) -> int:
         print(f"{id} {text}")
     with out.with_suffix(".md").open("w") as file:
         page = Console(file=file, width=250)
-        commands = "".join(f"\n- `{command}`" for command in dict.fromkeys(f["command"] for f in figures.values()))
+        commands = "".join(f"\n\n    {command}" for command in dict.fromkeys(f["command"] for f in figures.values()))
         page.print(
             f"# What runs survive\n\n{record.device['cpu']}, {record.device['cores']} cores, CPU devices, jax "
             f"{record.versions['jax']}, Python {record.versions['python']}; last measured {record.date}. "
-            f"Held / tried; measured with{commands}\n",
+            f"Measured with{commands}\n",
             soft_wrap=True,
             markup=False,
         )
