@@ -1,4 +1,4 @@
-"""The configs of papers' models: their published sizes, any structure on them, and no learning rate of ours."""
+"""The configs of papers' models take any structure, and text of bytes."""
 
 import importlib
 import math
@@ -9,19 +9,6 @@ from structmat.training.config import validate
 from tests.marks import mostly_long
 from tests.training.small_runs import write_corpus
 
-PUBLISHED = {
-    ("llama", "60m"): 58_073_600,
-    ("llama", "130m"): 134_105_856,
-    ("llama", "350m"): 367_969_280,
-    ("llama", "1b"): 1_339_082_752,
-    ("llama", "7b"): 6_738_415_616,
-    ("gpt2", "small"): 124_439_808,
-    ("gpt2", "medium"): 354_823_168,
-    ("gpt2", "large"): 774_030_080,
-    ("vit", "s"): 22_050_664,
-    ("vit", "b"): 86_567_656,
-}
-"""LLaMA 60M to 1B: 58.1M, 134.1M, 368M, 1339M in SLTrain's memory model; the others: of the released weights."""
 STRUCTURES = {
     "low_rank(rank=96) + random_sparse(density=0.03)": 0.53,
     "fit(monarch(order='blocked'), params=0.3)": 0.3,
@@ -31,16 +18,6 @@ STRUCTURES = {
 
 def config_of(file, size):
     return importlib.import_module(f"configs.{file}").get_config(size)
-
-
-@pytest.mark.parametrize(
-    ("file", "size"), mostly_long(list(PUBLISHED), [("llama", "60m"), ("llama", "7b"), ("gpt2", "small"), ("vit", "b")])
-)
-def test_parameters_are_as_published(file, size):
-    config = config_of(file, size)
-    task = validate(config, devices=8)
-    assert task.params == PUBLISHED[file, size]
-    assert not config.mup.enabled and config.model.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("structure", mostly_long(list(STRUCTURES), [list(STRUCTURES)[1]]))
