@@ -91,6 +91,9 @@ def run(main: Callable[[], Any], own: OwnFlags) -> None:
     except USER_ERRORS as error:
         current_group().abandon(error, f"error: {str(error).strip()}", 2)
         fail(error)
+    except KeyboardInterrupt as error:
+        current_group().abandon(error, "interrupted", 130)
+        raise
     except Exception as error:
         current_group().abandon(error, traceback.format_exc(), 1)
         raise
