@@ -33,7 +33,7 @@ def wait_for(path: Path, child: Child, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-@figure("R3", "SIGTERM at random moments, single process: every step saved, exit 0, the same bits", least=10)
+@figure("R3 single", "SIGTERM at random moments, single process: every step saved, exit 0, the same bits", least=10)
 def sigterm(trial: Trial, moments: int = 10, span: float = 4.0) -> None:
     """One run gets `moments` signals, each up to `span` seconds after a process of it has begun, and is then let end.
 

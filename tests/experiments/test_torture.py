@@ -122,7 +122,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
 
 @pytest.mark.torture
 def test_terminated_runs_end_in_order(tmp_path):
-    trial = trial_of("R3", tmp_path)
+    trial = trial_of("R3 single", tmp_path)
     r3_sigterm.sigterm(trial, moments=3)
     assert_held(trial)
 
