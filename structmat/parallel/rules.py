@@ -37,6 +37,11 @@ DEFAULT_RULES: AxisRules = (
 )
 """(logical axis, mesh axes). An axis may occur again: the first entry whose mesh axes are still free is taken."""
 
+SCANNED, STORAGE, LARGE = "layers", "fsdp", 2**18
+"""A leaf of this many entries or more that the rules leave whole on the mesh axis of shared parameters is split over it all
+the same, on a dimension it divides: a factor touches one side of its matrix only, so `embed` alone would leave half of all
+factors on every device."""
+
 log = logging.getLogger(__name__)
 
 
@@ -46,7 +51,8 @@ def spec_for(
     """The PartitionSpec, one entry per dimension, of an array with these logical axes.
 
     Dimensions are served from left to right, so a mesh axis already taken is not used again. A dimension that its mesh
-    axes do not divide is left whole on the axes that do not fit, which is logged as a warning.
+    axes do not divide is left whole on the axes that do not fit, which is logged as a warning. A large array that no
+    dimension puts on `fsdp` (`LARGE`) is split over it where it divides a dimension.
 
     Raises:
       MeshError: as many axes as dimensions are needed; a logical axis without rule, or a rule to an unknown mesh axis.
@@ -55,22 +61,39 @@ def spec_for(
     if len(axes) != len(shape):
         raise MeshError(f"{path}: logical axes {axes} do not match shape {shape}")
     used: set[str] = set()
-    spec: list[str | tuple[str, ...] | None] = []
+    spec: list[tuple[str, ...]] = []
+    whole: list[tuple[str | None, tuple[str, ...], tuple[str, ...]]] = []
     for axis, size in zip(axes, shape):
         wanted = _lookup(axis, rules, used, path)
         fitting = _fitting(mesh, wanted, size)
-        if fitting != wanted:
+        whole += [(axis, wanted, wanted[len(fitting) :])] if fitting != wanted else []
+        used.update(fitting)
+        spec.append(fitting)
+    if math.prod(shape) >= LARGE and mesh.shape.get(STORAGE, 1) > 1 and STORAGE not in used:
+        at = _storage_dimension(mesh, axes, shape, spec)
+        if at is not None:
+            spec[at] = (*spec[at], STORAGE)
+            used.add(STORAGE)
+    for axis, wanted, missing in whole:
+        if not used.issuperset(missing):
             log.warning(
                 "%s: dimension %r of shape %s is not divisible by mesh axes %s; kept whole on %s",
                 path or "array",
                 axis,
                 shape,
                 {a: mesh.shape[a] for a in wanted},
-                wanted[len(fitting) :],
+                missing,
             )
-        used.update(fitting)
-        spec.append(fitting if len(fitting) > 1 else (fitting[0] if fitting else None))
-    return PartitionSpec(*spec)
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in spec))
+
+
+def _storage_dimension(
+    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], spec: list[tuple[str, ...]]
+) -> int | None:
+    """The dimension to split for storage: the longest that is not split yet, else the longest at all; None if none fits."""
+    parts = [math.prod(mesh.shape[a] for a in names) * mesh.shape[STORAGE] for names in spec]
+    fits = [i for i, n in enumerate(shape) if axes[i] != SCANNED and n % parts[i] == 0]
+    return max(fits, key=lambda i: (not spec[i], shape[i]), default=None)
 
 
 def check_rules(mesh: Mesh, rules: AxisRules) -> None:

@@ -17,6 +17,7 @@ from structmat.parallel import (
     make_mesh,
     on_mesh,
     plan,
+    rules,
     shard_batch,
     shardings,
     unbox,
@@ -115,6 +116,19 @@ def agree(structure, meshes):
 @pytest.mark.parametrize("name", mostly_long(list(FAMILIES), list(FAMILIES)[::3]))
 def test_family_agrees_with_one_device(name):
     agree(TEXTS[name], FEW)
+
+
+STORED = ["kronecker", "low_rank", "monarch", "random_sparse", "tensor_train", "n_m_sparse"]
+
+
+@pytest.mark.parametrize("name", mostly_long(STORED, STORED[:2]))
+def test_leaves_split_for_storage_agree(name, monkeypatch):
+    """Every factor in parts over fsdp, whichever side of its matrix it touches."""
+    monkeypatch.setattr(rules, "LARGE", 1)
+    boxed = jax.eval_shape(FFN(TEXTS[name]).init, jax.random.key(0), jnp.zeros((1, SIZE)))
+    leaves = plan(boxed, shardings(mesh_of((1, 4, 2)), boxed))
+    assert all("fsdp" in str(leaf.spec) for leaf in leaves if len(leaf.shape) > 1)
+    agree(TEXTS[name], ((1, 4, 2),))
 
 
 def test_sum_agrees_on_many_meshes():

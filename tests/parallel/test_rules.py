@@ -66,6 +66,27 @@ def test_indivisible_is_left_whole_and_logged(caplog, axes, shape, spec, whole):
     assert repr(axes[0]) in line
 
 
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        (("rank", "mlp"), (512, 1024), P("fsdp", "tensor")),
+        (("rank", "mlp"), (511, 1024), P(None, ("tensor", "fsdp"))),
+        (("layers", "rank", "mlp"), (2, 511, 1024), P(None, None, ("tensor", "fsdp"))),
+        (("embed", "block_in", "mlp", "rank"), (7, 1024, 8, 64), P(None, "fsdp", "tensor", None)),
+        (("terms", None, None), (99, 64, 128), P(None, None, "fsdp")),
+        (("rank", "mlp"), (511, 1026), P(None, "tensor")),  # no dimension is divisible once more
+        (("layers", "rank"), (2**18, 3), P(None, None)),
+        (("rank", "mlp"), (8, 1024), P(None, "tensor")),  # small
+    ],
+)
+def test_large_leaves_are_split_for_storage(axes, shape, spec):
+    assert spec_for(make_mesh(CUBE), axes, shape) == spec
+
+
+def test_an_fsdp_axis_of_one_device_splits_nothing():
+    assert spec_for(make_mesh({"data": 4, "tensor": 2}), ("rank", "mlp"), (512, 1024)) == P(None, "tensor")
+
+
 def test_fallback_entries_are_taken_in_order():
     rules = (("embed", "fsdp"), ("mlp", "fsdp"), ("mlp", "tensor"))
     mesh = make_mesh(CUBE)
