@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -46,8 +47,17 @@ STRUCTURES = {
     "low_rank + random_sparse": "fit(low_rank() + random_sparse(density=0.03), params=0.3)",
 }
 """By short name, all but dense with 0.3 of the dense parameters of every linear site; embeddings and heads stay dense."""
-LAYOUTS = {"fsdp": {"data": 1, "fsdp": -1, "tensor": 1}, "tensor": {"data": 1, "fsdp": -1, "tensor": 4}}
-"""fsdp: parameters and batch in parts over all chips. tensor: besides, every product in 4 parts."""
+LAYOUTS = ("fsdp", "tensor")
+"""fsdp: parameters and batch in parts over up to 64 chips, whole copies of that beyond. tensor: besides, every product in
+4 parts."""
+
+
+def mesh_of(topology: str, layout: str) -> dict[str, int]:
+    """The mesh axes of a layout on a topology such as v5e:4x4."""
+    chips = math.prod(int(n) for n in topology.partition(":")[2].split("x"))
+    tensor = 4 if layout == "tensor" else 1
+    return {"data": -1, "fsdp": min(64, chips // tensor), "tensor": tensor}
+
 
 flags = OwnFlags()
 _OUT = flags.DEFINE_string("out", "results/pods/matrix.json", "Record JSON to write, with the .md beside it")
@@ -70,7 +80,7 @@ def plan() -> list[dict[str, str]]:
 
 def command_of(row: dict[str, Any]) -> str:
     """The command that compiles the row alone."""
-    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in LAYOUTS[row["layout"]].items())
+    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in mesh_of(row["topology"], row["layout"]).items())
     structure = STRUCTURES[row["structure"]].replace("'", '"')
     model = "".join(f" --config.model.{k}={v}" for k, v in CHANGES.get(row["config"], {}).items())
     return (
@@ -87,7 +97,7 @@ def compiled(row: dict[str, str], known: dict[str, dict[str, Any]]) -> dict[str,
     module, argument = row["config"].split(".py:")
     config = importlib.import_module(module.replace("/", ".")).get_config(argument)
     config.structure = STRUCTURES[row["structure"]]
-    config.mesh.update(LAYOUTS[row["layout"]])
+    config.mesh.update(mesh_of(row["topology"], row["layout"]))
     config.model.update(CHANGES.get(row["config"], {}))
     try:
         step = lower(config, Pod(row["topology"]))

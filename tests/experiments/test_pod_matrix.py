@@ -79,6 +79,7 @@ def test_every_planned_row_is_a_config_a_mesh_and_a_command():
     assert len({name_of(r) for r in rows}) == len(rows) == 11 * 6 * 2
     for text in pod_matrix.STRUCTURES.values():
         assert parse(text)
-    assert mesh_shape(pod_matrix.LAYOUTS["tensor"], 16) == (1, 4, 4)
+    shapes = [mesh_shape(pod_matrix.mesh_of(t, "tensor"), n) for t, n in (("v5e:4x4", 16), ("v5p:8x8x8", 512))]
+    assert shapes == [(1, 4, 4), (2, 64, 4)]
     words = shlex.split(pod_matrix.command_of(rows[-1]))
     assert words[:3] == ["python", "-m", "experiments.pod"] and f"--config={rows[-1]['config']}" in words
