@@ -117,6 +117,8 @@ def test_the_rule_says_what_and_why(chip, sizes, said):
 def test_few_rows_stay_with_xla_unless_asked():
     choice = choose(1024, (8, 512, 8, 512, 64), jnp.bfloat16, V5E)
     assert (choice.implementation, choice.unsupported) == ("xla", "") and "24 MiB of activations" in choice.reason
+    wide = (4, 1024, 4, 1024, 256)
+    assert [choose(m, wide, jnp.bfloat16, V5E).implementation for m in (512, 1024)] == ["xla", "pallas"]
 
 
 @pytest.mark.parametrize(
