@@ -25,9 +25,9 @@ from experiments.own_flags import OwnFlags
 from experiments.products import OPS, Product, parse_options
 from pallas_kernels import CHIPS
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
-"""Chips whose profiles can be written (that of v4 aborts)."""
-CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "v7x": 1.1e9}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+"""Chips whose profiles can be written (those of v4 and v7x abort)."""
+CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 """Cycles per second behind the estimates: peak FLOP/s over FLOPs per cycle of the matrix units; v6e's is assumed."""
 FLAG = "--xla_jf_dump_static_llo_profile_to="
 IMPLEMENTATIONS = ("dense", "xla", "pallas")
