@@ -59,20 +59,22 @@ def run(capfd, folder, count, devices, act=None, when=0, **fields):
     return code, capfd.readouterr().err, time.monotonic() - (acted or [0.0])[0]
 
 
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of two processes with two devices each that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory):
+    """The root of the repository, optimised programs, compiled once per layout."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.delenv("XLA_FLAGS", raising=False)
-        assert local.Job(command(folder), 2, 2, grace=30).run() == 0
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(here, tmp_path_factory):
+    """A run of two processes with two devices each that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert local.Job(command(folder), 2, 2, grace=30).run() == 0
     return folder
 
 
