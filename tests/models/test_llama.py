@@ -23,11 +23,12 @@ def tokens():
 
 
 def shaken(model, tokens):
-    """Parameters with every leaf moved off its initial value, zeros included."""
-    held = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens))
-    leaves, tree = jax.tree.flatten(held)
+    """Parameters drawn anew, those that start at zero too; scales stay near 1."""
     rng = np.random.default_rng(0)
-    return jax.tree.unflatten(tree, [v + 0.3 * rng.normal(size=v.shape).astype(np.float32) for v in leaves])
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))
+    near = lambda path: 1 if path[-1].key == "scale" else 0
+    draw = lambda path, s: (near(path) + rng.normal(0, 0.4, s.shape)).astype(np.float32)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def reference(model, variables, tokens):
@@ -102,8 +103,8 @@ def test_decoding_with_the_cache_equals_the_full_forward(tokens, rules):
     model = assign(Llama(**SIZES), rules, EXAMPLE)
     held = shaken(model, tokens)
     full = jax.jit(model.apply)(held, tokens)
-    init = jax.jit(model.init, static_argnums=(2, 3))
-    cache = nn.unbox(init(jax.random.key(0), tokens[:, :1], False, True))["cache"]
+    shapes = nn.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), tokens[:, :1], False, True)))["cache"]
+    cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     assert all(leaf.shape[-2] == 2 for leaf in jax.tree.leaves(cache) if leaf.ndim > 1)  # key-value heads only
     step = jax.jit(lambda c, t: model.apply(held | {"cache": c}, t, False, True, mutable=["cache"]))
     first, mutated = step(cache, tokens[:, :5])
@@ -114,6 +115,7 @@ def test_decoding_with_the_cache_equals_the_full_forward(tokens, rules):
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), full, atol=1e-4)
 
 
+@pytest.mark.long
 def test_greedy_sampling_takes_the_likeliest_token_of_the_full_forward(tokens):
     model = Llama(**SIZES)
     held = shaken(model, tokens)
@@ -122,7 +124,7 @@ def test_greedy_sampling_takes_the_likeliest_token_of_the_full_forward(tokens):
     np.testing.assert_array_equal(new, jax.jit(model.apply)(held, whole)[:, 3:-1].argmax(-1))
 
 
-def test_sites_axes_and_scan(tokens):
+def test_sites_and_axes(tokens):
     model = Llama(**SIZES)
     table = sites(model, EXAMPLE)
     assert len(table) == 2 * 7 + 2
@@ -132,6 +134,12 @@ def test_sites_axes_and_scan(tokens):
     assert table["layers_0/attn/q"].out_axes == ("heads", "kv") == table["layers_0/attn/o"].in_axes
     held = shaken(model, tokens)
     assert "bias" not in "".join(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(held))
+
+
+@pytest.mark.long
+def test_scanned_gradients_equal_unrolled(tokens):
+    model = Llama(**SIZES)
+    held = shaken(model, tokens)
     flat = {k: v for k, v in held["params"].items() if "to" not in k}
     for i in range(2):
         flat[f"layers_{i}"] = jax.tree.map(lambda a, i=i: a[i], held["params"]["layers_0to1"])
@@ -150,4 +158,4 @@ def test_sizes_are_checked(tokens):
         ({"context": 11}, "12 tokens do not fit context=11"),
     ):
         with pytest.raises(ValueError, match=message):
-            Llama(**SIZES | change).init(jax.random.key(0), tokens)
+            jax.eval_shape(Llama(**SIZES | change).init, jax.random.key(0), tokens)

@@ -24,11 +24,12 @@ def images():
 
 
 def shaken(model, images):
-    """Parameters with every leaf moved off its initial value, zeros included."""
-    held = nn.unbox(jax.jit(model.init)(jax.random.key(0), images))
-    leaves, tree = jax.tree.flatten(held)
+    """Parameters drawn anew, those that start at zero too; scales stay near 1."""
     rng = np.random.default_rng(0)
-    return jax.tree.unflatten(tree, [v + 0.3 * rng.normal(size=v.shape).astype(np.float32) for v in leaves])
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), images))
+    near = lambda path: 1 if path[-1].key == "scale" else 0
+    draw = lambda path, s: (near(path) + rng.normal(0, 0.4, s.shape)).astype(np.float32)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def reference(model, variables, image):
@@ -107,4 +108,4 @@ def test_sizes_are_checked(images):
         ({"pool": "max"}, "pool must be one of token, mean"),
     ):
         with pytest.raises(ValueError, match=message):
-            ViT(**SIZES | change).init(jax.random.key(0), images)
+            jax.eval_shape(ViT(**SIZES | change).init, jax.random.key(0), images)

@@ -56,6 +56,7 @@ def test_parts_with_unequal_counts_give_the_mean_of_the_whole(parts):
     close(gradients_of(dataclasses.replace(task, accumulate=parts), variables, batch), whole)
 
 
+@pytest.mark.long
 def test_a_step_in_parts_is_the_step():
     """Adam, a Rule that wants dense gradients, and the metrics; in the test above parts have padding, here none has."""
     config = small_digits(structure="low_rank(rank=4)", batch=16)
@@ -89,6 +90,7 @@ def test_every_part_has_its_own_dropout():
     assert float(metrics["square"]) > float(metrics["loss"]) ** 2 + 0.1  # equal draws have no variance
 
 
+@pytest.mark.long
 def test_evaluation_in_parts_agrees():
     config = small_digits(batch=64)
     task = validate(config, devices=1)
@@ -103,6 +105,7 @@ def test_evaluation_in_parts_agrees():
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+@pytest.mark.long
 def test_parts_keep_their_rows_on_their_devices(tmp_path):
     """Sums of gradients are all that a replicated model sends: no collective moves the batch."""
     config = small_lm(tmp_path / "unread", batch=32, accumulate=4, mesh=dict(data=8, fsdp=1, tensor=1))
