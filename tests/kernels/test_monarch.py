@@ -137,7 +137,7 @@ def test_bad_input(change, message):
 
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-@pytest.mark.parametrize("sizes", [(4, 1024, 4, 1024, 256), (8, 512, 8, 512, 64)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 1024, 4, 1024, 256), (8, 512, 8, 512, 64), (8, 1024, 8, 1024, 128)], ids=str)
 def test_compiles_for_every_tpu(topology, sizes):
     from structmat.parallel import topology_mesh
 
