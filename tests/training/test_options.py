@@ -1,6 +1,7 @@
 """Options of a run: bf16 compute, rematerialisation, and what happens on which step."""
 
 import contextlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 
 from structmat.models.decode import generate
+from structmat.parallel import make_mesh, on_mesh, shard_batch
 from structmat.training import loop
-from structmat.training.build import optimizer_for
+from structmat.training.build import compile_step, optimizer_for
 from structmat.training.config import default, validate
 from structmat.training.load import load_run
 from structmat.training.metrics import read_metrics
-from structmat.training.state import abstract_variables, initial_state
+from structmat.training.state import abstract_variables, create_state, initial_state, plan_state
 from structmat.training.step import make_step
 from structmat.training.tasks import digits
 from tests.marks import mostly_long
@@ -119,6 +121,38 @@ def test_evaluation_follows_its_schedule_and_ends_the_run(tmp_path, every, expec
     config.eval.every = every
     loop.train(config, tmp_path / "run")
     assert evaluated(tmp_path / "run") == expected
+
+
+def losses(config, **mesh):
+    """Of three steps on one batch, and the part of the state that the first device holds."""
+    config.mesh.update(mesh)
+    count = math.prod(mesh.values())
+    built = validate(config, count)
+    tx, schedule = optimizer_for(config, built)
+    grid = make_mesh(mesh, jax.devices()[:count])
+    with on_mesh(grid):
+        template = plan_state(built, tx, None, grid)
+        state = create_state(built, tx, None, template, 0)
+        compiled = compile_step(built, make_step(built, tx, None, schedule, 0), template, grid)
+    rng, found = np.random.default_rng(0), []
+    batch = {name: rng.integers(0, 10, s.shape).astype(s.dtype) for name, s in built.batch.items()}
+    for _ in range(3):
+        state, metrics = compiled(state, shard_batch(grid, batch))
+        found.append(float(metrics["loss"]))
+    return np.array(found), sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("task", "model"), MODELS[1:])
+def test_a_mesh_gives_the_losses_of_one_device(task, model):
+    """Among them a tensor axis that has to cut the one key-value head."""
+    config = small(task, model, structure="layers_.*/mlp/.* -> monarch(blocks=2, order='blocked')", accumulate=2)
+    config.optim.update(lr=0.02, warmup=1.0)
+    config.model.layers = 1
+    alone, whole = losses(config, data=1, fsdp=1, tensor=1)
+    spread, part = losses(config, data=2, fsdp=2, tensor=2)
+    assert alone[2] < alone[0] and part < 0.5 * whole
+    np.testing.assert_allclose(spread, alone, rtol=3e-6)
 
 
 @pytest.mark.long
