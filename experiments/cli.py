@@ -75,7 +75,7 @@ def fail(error: Any) -> NoReturn:
 def run(main: Callable[[], Any], own: OwnFlags) -> None:
     """Parse the flags, the command's own among them, and call `main`; what the user got wrong is printed, all else is a traceback.
 
-    A run stopped by SIGTERM has saved its state, so it ends with code 0. Of several processes, all others learn of an error.
+    A run stopped by SIGTERM has saved its state, so it ends with code 0. Of several processes, all learn of an error.
     """
     own.parse(parse)
     handler = logging.StreamHandler()

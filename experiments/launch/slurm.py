@@ -3,9 +3,9 @@
     python -m experiments.launch.slurm --nodes=4 --tasks_per_node=8 --gpus_per_task=1 --time=24:00:00 -- \
         python -m experiments.train --config=configs/demo_lm.py --workdir=/shared/runs/one
 
-`--dry_run` prints the sbatch script and submits nothing. Two minutes before the time limit (`--notice`) and on preemption
-SLURM sends SIGTERM: the run saves and exits 0. The job then queues itself again while the workdir has no record.json, at
-most `--requeues` times. `srun` ends all tasks when one fails. The script is tested for what it says, not on a cluster.
+`--dry_run` prints the sbatch script and submits nothing. Two minutes before the time limit (`--notice`) and on
+preemption SLURM sends SIGTERM: the run saves and exits 0. The job then queues itself again while the workdir has no
+record.json, at most `--requeues` times. `srun` ends all tasks when one fails. The script is tested for what it says, not on a cluster.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run a command on every host of a TPU pod slice, or of several, through gcloud; again after each preemption.
 
-    python -m experiments.launch.tpu_pod --name=llama --project=my-project --zone=us-east5-a --accelerator=v5p-128 --spot \
-        --nfs=10.0.0.2:/share -- python -m experiments.train --config=configs/demo_lm.py --workdir=/mnt/shared/llama
+    python -m experiments.launch.tpu_pod --name=llama --project=my-project --zone=us-east5-a --accelerator=v5p-128 \
+        --spot --nfs=10.0.0.2:/share -- python -m experiments.train --config=configs/demo_lm.py --workdir=/mnt/shared/llama
 
 Asks for a queued resource (or finds the one of that name), waits for it, copies the committed code (HEAD), installs it,
 mounts the shared folder at /mnt/shared, and runs the command on all hosts. A run that ends without its record.json is

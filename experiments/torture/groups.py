@@ -1,4 +1,4 @@
-"""Several processes of one run, each a child that can be killed; they meet as those of `python -m experiments.train`."""
+"""Several processes of one run, each a child that can be killed; they meet as those of the train command."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ LEAVE = 30.0
 
 @figure("R2", "kill -9 of one or all of 2 and 4 processes: resumed to the bit", least=10)
 def processes(trial: Trial, counts: dict[int, tuple[str, ...]] | None = None) -> None:
-    """Kill `one` drawn process, the first (which coordinates), or `all`, in turn, of as many processes as `counts` says."""
+    """Kill `one` drawn process, the `first` (it coordinates), or `all`, in turn; `counts`: processes -> kills."""
     row = trial.row("R2", f"survivors leave within {LEAVE:.0f} s with a line that names the process lost")
     for count, kills in (
         counts or {2: ("one", "first", "all", "one", "first", "all"), 4: ("one", "first", "all", "one")}

@@ -2,8 +2,8 @@
 
     python -m experiments.torture.two_processes
 
-Starts `experiments.launch.local --restarts=1` on a training run, kills process 1 with SIGKILL once a checkpoint is there,
-and writes what the launcher printed to results/torture/two_processes.txt. Linux only: it finds the process in /proc.
+Starts `experiments.launch.local --restarts=1` on a training run, kills process 1 once a checkpoint is there, and
+writes what the launcher printed to results/torture/two_processes.txt. Linux only: it finds the process in /proc.
 """
 
 from __future__ import annotations

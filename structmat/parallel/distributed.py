@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import jax
 
 from structmat.parallel.hosts import HostsError, Place, find_place
-from structmat.parallel.roll_call import Notice, Watch, call_roll, own_name
+from structmat.parallel.roll_call import call_roll, own_name
+from structmat.parallel.watch import Notice, Watch
 
 LOST = 75  # EX_TEMPFAIL: nothing is wrong with this process, and the run can be started again
 _GRACE = 3.0  # seconds
@@ -22,7 +23,7 @@ _GRACE = 3.0  # seconds
 class Group:
     """The processes of this run, this one among them; a single process is a group of one, for which nothing here acts.
 
-    Leave it by `close` or `abandon`, or use it as a context manager: a process that ends in any other way counts as lost.
+    Leave it by `close` or `abandon`, or use it as a context manager; one that ends in any other way counts as lost.
     """
 
     def __init__(self, place: Place):
@@ -129,9 +130,9 @@ def init_distributed(
     knows about, need the first three, or STRUCTMAT_COORDINATOR, STRUCTMAT_PROCESSES and STRUCTMAT_PROCESS. Without any
     of these, and with `processes=1`, this is a single process and nothing happens.
 
-    From then on a process that is lost ends all others within 30 s, each with a sentence that names it and exit code LOST;
-    SIGTERM to any of them makes `train` save and all of them exit 0; the same command goes on, also with another number of
-    processes.
+    From then on a process that is lost ends all others within 30 s, each with a sentence that names it and exit code
+    LOST. SIGTERM to any of them makes `train` save and all of them exit 0. The same command goes on, also with another
+    number of processes.
 
     Args:
       coordinator: host:port of process 0. processes: how many there are. process: which one this is, from 0.

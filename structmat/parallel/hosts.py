@@ -41,7 +41,7 @@ class Place:
 
     @property
     def roll_call_port(self) -> int:
-        """Of process 0's roll call: 4096 above, or below from 32768 on, so that neighbouring jobs of SLURM stay apart."""
+        """Of process 0's roll call: 4096 above, or below from 32768 on: neighbouring jobs of SLURM stay apart."""
         return roll_call_port(self.port)
 
 
@@ -58,7 +58,7 @@ def find_place(
     timeout: int = 300,
     environment: Mapping[str, str] = os.environ,
 ) -> Place:
-    """The place of this process: arguments first, then STRUCTMAT_* variables, then what jax finds out about the cluster.
+    """The place of this process: from arguments, else STRUCTMAT_* variables, else what jax finds out of the cluster.
 
     jax knows TPU pods (also of several slices), SLURM steps, Open MPI and Kubernetes. Where nothing says otherwise, and
     for `processes=1`, this is a single process.

@@ -1,21 +1,18 @@
-"""Before jax connects the processes of a run: who is there, who is missing, and from then on, who was lost.
+"""Before jax connects the processes of a run: who is there, and who is missing.
 
-jax aborts a process whose peers do not come, or die, with a stack that names nobody. So process 0 first calls the roll
-over plain TCP, and all keep those connections: one that breaks tells within a second which process is gone (a host that
-falls silent is noticed after about 20 s), and every other one can say so and leave. Messages are JSON, one a line.
+jax aborts a process whose peers do not come with a stack that names nobody. So process 0 first calls the roll over
+TCP; all keep those connections, and `watch` listens on them. Messages are JSON, one a line.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import selectors
 import socket
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from structmat.parallel.hosts import HostsError, Place
@@ -23,14 +20,6 @@ from structmat.parallel.hosts import HostsError, Place
 _LIMIT = 1 << 16  # bytes of a message
 _PAUSE = 0.2
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
-
-
-@dataclasses.dataclass(frozen=True)
-class Notice:
-    """What happened to a process: a sentence, and the reason it gave itself ("" if it was lost without a word)."""
-
-    sentence: str
-    reason: str = ""
 
 
 class Line:
@@ -201,60 +190,3 @@ def _listen(place: Place) -> socket.socket:
 def own_name() -> str:
     """Of this process, for others."""
     return f"host {socket.gethostname()}, pid {os.getpid()}"
-
-
-class Watch(threading.Thread):
-    """Listens on the Lines of a roll call, and learns of the first process that was lost or failed; process 0 tells all.
-
-    Args:
-      lines: from `call_roll`.
-      act: called once, in a thread of its own, with what happened.
-
-    Attributes:
-      notice: what happened, once `known` is set.
-      known: something did. alone: all other processes have left.
-    """
-
-    def __init__(self, place: Place, lines: Mapping[int, Line], act: Callable[[Notice], None]):
-        super().__init__(daemon=True, name="watch")
-        self._place, self._lines, self._act = place, dict(lines), act
-        self.notice: Notice | None = None
-        self.known, self.alone = threading.Event(), threading.Event()
-
-    def run(self) -> None:
-        """Until all others have left."""
-        left: set[int] = set()
-        with selectors.DefaultSelector() as ready:
-            for index, line in self._lines.items():
-                ready.register(line.socket, selectors.EVENT_READ, index)
-            while ready.get_map():
-                for key, _ in ready.select():
-                    index, line = key.data, self._lines[key.data]
-                    messages = line.receive()
-                    for message in messages or ():
-                        if "bye" in message:
-                            left.add(index)
-                        if "sentence" in message:
-                            self._report(Notice(str(message["sentence"]), str(message.get("reason", ""))))
-                    if messages is None:
-                        ready.unregister(line.socket)
-                        if index not in left:
-                            who = f"process {index} of {self._place.count} ({line.name})"
-                            self._report(
-                                Notice(f"{who} is gone: it was killed, it crashed, or its host is out of reach")
-                            )
-        self.alone.set()
-
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """Send to every process there is a Line to."""
-        for line in self._lines.values():
-            line.send(message)
-
-    def _report(self, notice: Notice) -> None:
-        if self.known.is_set():
-            return
-        self.notice = notice
-        self.known.set()
-        if self._place.index == 0:
-            self.tell({"sentence": notice.sentence, "reason": notice.reason})
-        threading.Thread(target=self._act, args=(notice,), daemon=True, name="leave").start()

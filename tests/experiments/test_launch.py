@@ -131,7 +131,7 @@ def test_options_of_a_command():
 
 
 class Cloud:
-    """A gcloud that answers from a script: (state of the resource, exit code of the run, whether the record is there)."""
+    """A gcloud that answers from a script: (state of the resource, exit code, record there, seconds) of each run."""
 
     def __init__(self, *runs, refuse=False):
         self.runs, self.log, self.state, self.done, self.refuse = list(runs), [], None, False, refuse

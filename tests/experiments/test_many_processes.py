@@ -1,4 +1,4 @@
-"""The train command as 2 and 4 processes: as one process, killed, stopped, resumed by others, misled; short forms of R2, R3, R10."""
+"""The train command as 2 and 4 processes: as one, killed, stopped, resumed by others, misled; short R2, R3 and R10."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def rows(folder):
 
 
 def run(capfd, folder, count, devices, act=None, when=0, **fields):
-    """(exit code, stderr, seconds since `act`): the command as a job; `act(job)` is called once `when` rows are written."""
+    """(exit code, stderr, seconds since `act`) of a job; `act(job)` is called once `when` rows are written."""
     job, acted = local.Job(command(folder, **fields), count, devices, grace=30), []
 
     def watch():

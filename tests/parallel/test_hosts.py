@@ -10,7 +10,8 @@ import pytest
 from experiments.launch.local import free_port
 from structmat.parallel import HostsError
 from structmat.parallel.hosts import Place, find_place
-from structmat.parallel.roll_call import Watch, call_roll
+from structmat.parallel.roll_call import call_roll
+from structmat.parallel.watch import Watch
 
 AT = "127.0.0.1:9000"
 SLURM = {
