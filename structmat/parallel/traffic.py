@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from pallas_kernels import Chip
 from structmat.parallel.report import sent
 
 
@@ -92,13 +91,13 @@ def _groups(line: str, devices: int) -> Sequence[Sequence[int]]:
     return [list(range(devices))]
 
 
-def seconds(found: Sequence[Sent], chip: Chip, slices: int = 1) -> float:
+def seconds(found: Sequence[Sent], chip: str, slices: int = 1) -> float:
     """The least time the collectives take, one after the other, each device sending over all its links at once.
 
     With several slices, groups along `data` leave theirs: what a slice has reduced is sent on in parts, one per device
     of the group within it.
     """
-    links, total = LINKS[chip.name], 0.0
+    links, total = LINKS[chip], 0.0
     for s in found:
         total += s.wire / links.ici
         if slices > 1 and "data" in s.axes:
