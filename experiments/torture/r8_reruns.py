@@ -47,7 +47,7 @@ def train_all(report: Callable[[Any], None], tinies: Sequence[Tiny]) -> None:
         report((n, digest_of(tiny)))
 
 
-@figure("R8", "every family trained three times, each in another process: equal to the bit", least=25)
+@figure("R8", "every real family trained three times, each in another process: equal to the bit", least=25)
 def reruns(trial: Trial, structures: Sequence[str] | None = None, times: int = 3, steps: int = 20) -> None:
     """Each of `structures` (default: every family's example, a sum) and one with a rule, `times` times.
 
