@@ -47,6 +47,7 @@ def test_weights_of_a_run_are_those_of_the_loaded_model(workdir):
     assert last[1]().shape == (stored.table[last[0]].bound.d_in, stored.table[last[0]].bound.d_out)
 
 
+@pytest.mark.long
 def test_a_stored_stack_is_read_once_and_one_at_a_time(workdir, monkeypatch):
     from structmat.training.checkpoint import Checkpointer
 
@@ -73,6 +74,7 @@ def finished(workdir, tmp_path_factory):
     return folder, stored, run(stored.readers, [0.5, 0.1], folder, source={"workdir": "w"}, structures=TRIED)
 
 
+@pytest.mark.long
 def test_report(finished):
     folder, stored, record = finished
     choices = choices_of(record)
@@ -91,6 +93,7 @@ def test_report(finished):
     assert (folder / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.long
 def test_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     _, stored, record = finished
     again = lambda **k: run(stored.readers, [0.1, 0.5], tmp_path, source={"workdir": "w"}, structures=TRIED, **k)
@@ -122,6 +125,7 @@ def test_one_weight_is_in_memory_at_a_time(tmp_path):
     assert alive == [0, 0, 0]
 
 
+@pytest.mark.long
 def test_another_choice_in_the_folder_is_refused(finished):
     folder, stored, _ = finished
     with pytest.raises(RunError, match=r"holds another choice \(other budgets, workdir\); give another --out"):
@@ -135,6 +139,7 @@ def test_another_choice_in_the_folder_is_refused(finished):
         run(changed, [0.1, 0.5], folder.parent / "cut", source={"workdir": "w"}, structures=TRIED)
 
 
+@pytest.mark.long
 def test_near_paths_are_listed(workdir):
     with pytest.raises(StructureError, match=r"'layer_.*/up' matches no path; near: layers_1/mlp/up, layers_0/mlp/up"):
         stored_weights(workdir, "layer_.*/up")

@@ -70,6 +70,7 @@ def test_report_and_records(finished):
     assert len(list((folder / "arms").glob("*/record.json"))) == 3
 
 
+@pytest.mark.long
 def test_a_second_run_reads_the_records(config, finished, monkeypatch):
     folder, record = finished
     monkeypatch.setattr("experiments.compare.train", lambda *a, **k: pytest.fail("trained again"))
@@ -77,6 +78,7 @@ def test_a_second_run_reads_the_records(config, finished, monkeypatch):
     assert again.metrics == record.metrics
 
 
+@pytest.mark.long
 def test_another_config_in_the_folder_is_refused_before_any_arm(config, finished, monkeypatch):
     folder, _ = finished
     monkeypatch.setattr("experiments.compare.train", lambda *a, **k: pytest.fail("trained"))

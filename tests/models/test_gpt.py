@@ -53,7 +53,8 @@ def unstack(held):
     return {"params": params}
 
 
-@pytest.mark.parametrize("remat", mostly_long(["none", "full", "dots"], ["full"]))
+@pytest.mark.long
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_scanned_equals_unrolled(tokens, remat):
     model = assign(GPT(**SIZES, remat=remat), RULES, TOKENS)
     held = shaken(model, tokens)
@@ -76,7 +77,7 @@ def test_causality(tokens):
     assert (grads[:6] > 0).all() and not grads[6:12].any()
 
 
-@pytest.mark.parametrize("rules", ["dense()", RULES])
+@pytest.mark.parametrize("rules", mostly_long(["dense()", RULES], ["dense()"]))
 def test_decoding_with_the_cache_equals_the_full_forward(tokens, rules):
     model = assign(GPT(**SIZES), rules, TOKENS)
     held = shaken(model, tokens)
