@@ -187,8 +187,9 @@ def main(argv: list[str]) -> None:
         return
     record = Record.read(out)
     about = (
-        f"jax {record.versions['jax']}, libtpu {record.versions.get('libtpu', '(unknown)')}, {record.date}, `{record.command}`. Thousands of "
-        "cycles of one device by libtpu's static profile, bf16; `both` is y and the gradients of x and of every weight. "
+        f"jax {record.versions['jax']}, libtpu {record.versions.get('libtpu', '(unknown)')}, {record.date}, "
+        f"`{record.command}`. Thousands of cycles of one device by libtpu's static profile, bf16; "
+        "`both` is y and the gradients of x and of every weight. "
         f"Ratios compare max(cycles, memory floor). ~: scaled from {FEWER} tokens, where the profiler failed at {TOKENS}; +: with "
         "parts missing or counted at the peak rate, as the Record notes; ?: the profiler fails, dense times the ratio of both "
         "by XLA's cost analysis. "

@@ -1,8 +1,8 @@
 """Blocked-ELL products on TPU: y = x W, x' = y W^T, and the gradient of the stored blocks.
 
-values (C, R, p, s) and index (C R,), the block row of each, stand for W (K, N) of C block columns with R blocks each. A grid step handles G block
-columns at once, because a step costs 500 to 800 cycles however little it does; p and s are multiples of the 128 lanes,
-because blocks are addressed by dynamic lane slices of panels that stay in VMEM.
+values (C, R, p, s) and index (C R,), the block row of each, stand for W (K, N) of C block columns with R blocks each. A
+grid step handles G block columns at once, because a step costs 500 to 800 cycles however little it does; p and s are
+multiples of the 128 lanes, because blocks are addressed by dynamic lane slices of panels that stay in VMEM.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ def make_step(
 ) -> Step:
     """The step, to be jitted with the state donated.
 
-    Only `params` are differentiated, over `task.accumulate` parts of the batch in turn. Complex gradients are conjugated once, so that stepping against them descends.
-    Where the loss, a gradient or an update is not finite, everything but the clock and the skip counters stays as it
-    was. The rule acts after the optimiser, on the steps that are due, and sees the new parameters.
+    Only `params` are differentiated, over `task.accumulate` parts of the batch in turn. Complex gradients are conjugated
+    once, so that stepping against them descends. Where the loss, a gradient or an update is not finite, everything but the
+    clock and the skip counters stays as it was. The rule acts after the optimiser, on the steps that are due, and sees the
+    new parameters.
 
     Returns:
       (state, batch) -> (state, metrics). Metrics are scalars, but for `bad`: bool (leaves of params,), which parameters
