@@ -91,8 +91,9 @@ def measure(
         one.time(["pallas"])
     for direction, row in rows.items():
         row |= {"n": product.n, "tokens": product.tokens}
-        row |= {"flop_reduction": choice.flop_reduction, "bound": choice.bound}
-        row |= rates(row["seconds"], product, direction, choice.flop_reduction, choice.bound)
+        bound = product.bound(chip, direction) if chip.flops else choice.bound
+        row |= {"flop_reduction": choice.flop_reduction, "bound": bound}
+        row |= rates(row["seconds"], product, direction, choice.flop_reduction, bound)
     return list(rows.values())
 
 

@@ -155,25 +155,25 @@ def error_curve(curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str
 
 def speedups(
     grid: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
-    bounds: Mapping[str, float],
+    bounds: Mapping[str, Mapping[str, float]],
     title: str,
 ) -> Figure:
     """Speed-up against a size, log axes: a row of panels per direction, a line per chip, the chip's bound dashed.
 
     Args:
       grid: direction -> panel (`monarch: blocks`) -> chip -> (size, speed-up) points.
-      bounds: chip -> the most any structure can gain.
+      bounds: direction -> chip -> the most any structure can gain.
     """
     columns = list(dict.fromkeys(panel for panels in grid.values() for panel in panels))
     figure = Figure(figsize=(3.4 * len(columns), 3.1 * len(grid) + 0.7), layout="constrained")
     axes = figure.subplots(len(grid), len(columns), sharey=True, sharex="col", squeeze=False)
-    colors = {chip: f"C{i}" for i, chip in enumerate(bounds)}
+    colors = {chip: f"C{i}" for i, chip in enumerate(dict.fromkeys(chip for own in bounds.values() for chip in own))}
     for row, (direction, panels) in zip(axes, grid.items()):
         row[0].set_ylabel(f"over dense, {direction}")
         for axis, name in zip(row, columns):
             for chip, points in panels.get(name, {}).items():
                 axis.plot(*zip(*points), "o-", ms=4, color=colors[chip], label=chip)
-                axis.axhline(bounds[chip], ls="--", lw=0.8, color=colors[chip])
+                axis.axhline(bounds[direction][chip], ls="--", lw=0.8, color=colors[chip])
             axis.axhline(1, lw=0.8, color="0.5")
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
