@@ -48,6 +48,7 @@ def test_kernel_and_gradients_equal_the_reference(shape, dtype, tolerance, keep,
         assert got.dtype == dtype and far(got, want) < tolerance
 
 
+@pytest.mark.long
 def test_groups_of_blocks_token_tiles_and_cores(monkeypatch):
     """Whole weights at once (all gradients by one kernel) and groups of them; loops unrolled or not; one core or two."""
     *operands, g = problem(300, 2, 128, 4, 128, 128)
