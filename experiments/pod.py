@@ -9,13 +9,10 @@ what to change. Needs libtpu: pip install 'structmat[tpu]'.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # the topology is compiled for, not run on
-
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +30,7 @@ OUT = flags.DEFINE_string("out", "", "Record JSON to write, if any")
 
 def main() -> None:
     """Compile, print, and end with code 1 where the step does not fit."""
+    jax.config.update("jax_platforms", "cpu")  # the topology is compiled for, not run on
     if cli.CONFIG.value is None:
         cli.fail("--config is needed, such as --config=configs/llama.py:7b")
     if not TOPOLOGY.value:
@@ -60,7 +58,7 @@ def record(found: Account, config: dict, structures: dict) -> Record:
         seed=config["seed"],
         data_hash="",
         seconds=found.lower_seconds + found.compile_seconds,
-        metrics=json.loads(json.dumps(dataclasses.asdict(found))) | {"mfu": list(found.mfu)},
+        metrics=found.row(),
     )
 
 
@@ -91,8 +89,9 @@ def show(found: Account, console: Console) -> None:
         )
         times = f"arithmetic {ms(found.compute)}, arguments through HBM {ms(found.memory)}, links {ms(found.network)}"
         row("least time per step", times)
-        best, worst = found.mfu
-        row("MFU bound", f"{best:.0%} with all communication hidden, {worst:.0%} with none")
+        if found.mfu:
+            best, worst = found.mfu
+            row("MFU bound", f"{best:.0%} with all communication hidden, {worst:.0%} with none")
     row(
         "compiled in",
         f"{found.lower_seconds:.0f} s to trace, {found.compile_seconds:.0f} s to compile; program {found.program}",

@@ -7,17 +7,14 @@ compiled again; `--only=llama 7b` limits the rows, `--minutes` the time. No TPU 
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # topologies are compiled for, not run on
-
+import jax
 from absl import app
 
 from experiments.own_flags import OwnFlags
@@ -105,8 +102,7 @@ def compiled(row: dict[str, str], known: dict[str, dict[str, Any]]) -> dict[str,
         return row | {"refused": str(error)}
     if step.program in known:
         return row | known[step.program]
-    found = account(step)
-    return row | json.loads(json.dumps(dataclasses.asdict(found))) | {"mfu": list(found.mfu) if found.fits else None}
+    return row | account(step).row()
 
 
 def run(out: Path, minutes: float, only: str) -> list[dict[str, Any]]:
@@ -159,6 +155,7 @@ def main(argv: list[str]) -> None:
     """Compile, then print and write the table."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
+    jax.config.update("jax_platforms", "cpu")  # topologies are compiled for, not run on
     out = Path(_OUT.value)
     rows = run(out, _MINUTES.value, _ONLY.value)
     report(rows, out, Record.read(out), command_of(rows[0]))

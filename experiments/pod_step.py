@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import math
 import re
 import time
@@ -95,11 +96,20 @@ class Account:
     program: str
 
     @property
-    def mfu(self) -> tuple[float, float]:
-        """Bounds of the model-FLOPs utilisation: all communication hidden behind arithmetic, and none of it."""
+    def mfu(self) -> tuple[float, float] | None:
+        """Bounds of the model-FLOPs utilisation: all communication hidden behind arithmetic, and none of it.
+
+        None where the step does not fit: what it would move is not known then.
+        """
+        if not self.fits:
+            return None
         ideal = self.model_flops / self.flops * self.compute
         hidden = max(self.compute, self.memory, self.network)
         return ideal / hidden, ideal / (max(self.compute, self.memory) + self.network)
+
+    def row(self) -> dict[str, Any]:
+        """The account as JSON holds it, with the bounds of utilisation as `mfu`."""
+        return json.loads(json.dumps(dataclasses.asdict(self) | {"mfu": self.mfu}))
 
 
 @dataclasses.dataclass(frozen=True)

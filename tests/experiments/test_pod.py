@@ -1,6 +1,7 @@
 """`python -m experiments.pod`: what it prints, and how it ends."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.pod_step import Account, advice, kernels, too_large
+from structmat.parallel import Sent
 from structmat.training.config import default
 from structmat.training.record import Record
 
@@ -27,8 +29,18 @@ def some_account(**changes):
 
 
 def test_bounds_of_utilisation():
-    assert some_account().mfu == pytest.approx((0.75, 0.5))  # a third more FLOPs than the model's; 1 s beside 2 s
-    assert some_account(network=4.0).mfu == pytest.approx((0.375, 0.25))
+    assert some_account(fits=True).mfu == pytest.approx(
+        (0.75, 0.5)
+    )  # a third more FLOPs than the model's; 1 s beside 2
+    assert some_account(fits=True, network=4.0).mfu == pytest.approx((0.375, 0.25))
+    assert some_account().mfu is None  # what it would send is unknown
+
+
+def test_rows_are_json():
+    sent = [Sent("all-gather", ("fsdp",), 2, 1, 8, 4)]
+    row = some_account(fits=True, sent=sent).row()
+    assert row == json.loads(json.dumps(row)) and row["mfu"] == pytest.approx([0.75, 0.5])
+    assert row["sent"][0]["axes"] == ["fsdp"] and some_account().row()["mfu"] is None
 
 
 @pytest.mark.parametrize(
