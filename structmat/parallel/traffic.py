@@ -25,13 +25,15 @@ class Links:
 
 LINKS = {
     "v4": Links(32 * 2**30, 300e9, 6.25e9),
-    "v5e": Links(16e9, 200e9, 3.125e9),
+    "v5e": Links(16 * 2**30, 200e9, 3.125e9),
     "v5p": Links(95 * 2**30, 600e9, 6.25e9),
-    "v6e": Links(32e9, 400e9, 12.5e9),
-    "v7x": Links(96e9, 300e9, 6.25e9),
+    "v6e": Links(32 * 2**30, 400e9, 6.25e9),
+    "v7x": Links(96 * 2**30, 300e9, 6.25e9),
 }
-"""Per device as jax sees it, from Google's pages on each chip (both directions of a link share the printed figure). A v4
-device is a whole chip (megacore), a v7x device half a chip. Where a page gives no DCN figure it is taken as 50 Gbit/s."""
+"""Per device as jax sees it: a v4 device is a whole chip (megacore), a v7x device half a chip. v5e, v5p and v6e are from
+Google's pages on each chip (16 GB, 400 GB/s, 6.4 Tbit/s per 256 chips; 95 GB, 1200 GB/s, 50 Gbit/s; 32 GB, 800 GB/s),
+where both directions of a link share the printed figure; GB of memory are taken as GiB. Links of v4 and v7x are not checked
+against a page, and DCN where no page gives it (v4, v6e, v7x) is taken as 50 Gbit/s."""
 
 
 @dataclasses.dataclass(frozen=True)
