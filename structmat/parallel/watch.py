@@ -63,9 +63,7 @@ class Watch(threading.Thread):
                         ready.unregister(line.socket)
                         if index not in left:
                             who = f"process {index} of {self._place.count} ({line.name})"
-                            self._report(
-                                Notice(f"{who} is gone: it was killed, it crashed, or its host is out of reach")
-                            )
+                            self._report(Notice(f"{who} {_GONE}"))
         self.alone.set()
 
     def tell(self, message: Mapping[str, Any]) -> None:
