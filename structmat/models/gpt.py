@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from structmat.models.attention import Structures, causal, into_heads, out_of_heads
 from structmat.models.cache import advance, append
 from structmat.models.feedforward import FeedForward
+from structmat.models.head import logits
 from structmat.models.stack import apply_layers
-from structmat.nn import StructuredDense, StructuredEmbed
+from structmat.nn import StructuredEmbed
 from structmat.nn.sites import pick, scope
 
 
@@ -128,15 +129,4 @@ class GPT(nn.Module):
         if self.tie:
             scale = 1 / self.width if self.tied_scale is None else self.tied_scale
             return embed.attend(x).astype(jnp.float32) * scale
-        head = StructuredDense(
-            self.vocab,
-            structure=pick(self.structures, "head"),
-            use_bias=False,
-            dtype=self.dtype,
-            in_axes="embed",
-            out_axes="vocab",
-            kind="head",
-            gain=0.0,
-            name="head",
-        )
-        return head(x).astype(jnp.float32)
+        return logits(x, self.vocab, self.structures, self.dtype, "vocab", use_bias=False)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from structmat.models.attention import Structures, causal, into_heads, out_of_heads
 from structmat.models.cache import advance, append
+from structmat.models.head import logits
 from structmat.models.rope import rotate
 from structmat.models.stack import apply_layers
 from structmat.nn import StructuredDense, StructuredEmbed
@@ -155,15 +156,4 @@ class Llama(nn.Module):
             remat=self.remat,
         )
         x = nn.RMSNorm(self.eps, dtype=self.dtype, name="norm")(x)
-        head = StructuredDense(
-            self.vocab,
-            structure=pick(self.structures, "head"),
-            use_bias=False,
-            dtype=self.dtype,
-            in_axes="embed",
-            out_axes="vocab",
-            kind="head",
-            gain=0.0,
-            name="head",
-        )
-        return head(x).astype(jnp.float32)
+        return logits(x, self.vocab, self.structures, self.dtype, "vocab", use_bias=False)

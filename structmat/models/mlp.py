@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from structmat.models.head import logits
 from structmat.nn import StructuredDense
 from structmat.nn.sites import pick
 
@@ -45,14 +46,4 @@ class MLP(nn.Module):
             )
             x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(layer(x)))
             axis = out
-        head = StructuredDense(
-            self.classes,
-            structure=pick(self.structures, "head"),
-            dtype=self.dtype,
-            in_axes=axis,
-            out_axes="classes",
-            kind="head",
-            gain=0.0,
-            name="head",
-        )
-        return head(x).astype(jnp.float32)
+        return logits(x, self.classes, self.structures, self.dtype, "classes", in_axes=axis)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from structmat.models.attention import Structures, into_heads, out_of_heads
 from structmat.models.feedforward import FeedForward
+from structmat.models.head import logits
 from structmat.models.stack import apply_layers
 from structmat.nn import StructuredDense
 from structmat.nn.sites import pick, scope
@@ -135,14 +136,5 @@ class ViT(nn.Module):
             remat=self.remat,
         )
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
-        head = StructuredDense(
-            self.classes,
-            structure=pick(self.structures, "head"),
-            dtype=self.dtype,
-            in_axes="embed",
-            out_axes="classes",
-            kind="head",
-            gain=0.0,
-            name="head",
-        )
-        return head(x[:, 0] if self.pool == "token" else x.mean(1)).astype(jnp.float32)
+        x = x[:, 0] if self.pool == "token" else x.mean(1)
+        return logits(x, self.classes, self.structures, self.dtype, "classes")
