@@ -1,6 +1,5 @@
 """LLaMA against a plain numpy model of the same weights, and what the training loop and sampling need of it."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ from structmat.models.decode import generate
 from structmat.models.rope import rotate
 from structmat.nn import assign, site_params, sites
 from tests.marks import mostly_long
+from tests.models.helpers import decoded, shaken
 
 SIZES = dict(vocab=32, context=12, layers=2, width=16, heads=4, kv_heads=2, hidden=24)
 EXAMPLE = jax.ShapeDtypeStruct((2, 12), jnp.int32)
@@ -20,15 +20,6 @@ RULES = "layers_0/.* -> monarch(blocks=2); layers_1/mlp/gate -> low_rank(rank=3)
 @pytest.fixture(scope="module")
 def tokens():
     return jax.random.randint(jax.random.key(1), (2, 12), 0, 32)
-
-
-def shaken(model, tokens):
-    """Parameters drawn anew, those that start at zero too; scales stay near 1."""
-    rng = np.random.default_rng(0)
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))
-    near = lambda path: 1 if path[-1].key == "scale" else 0
-    draw = lambda path, s: (near(path) + rng.normal(0, 0.4, s.shape)).astype(np.float32)
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def reference(model, variables, tokens):
@@ -102,17 +93,9 @@ def test_rotation_depends_on_the_distance_alone():
 def test_decoding_with_the_cache_equals_the_full_forward(tokens, rules):
     model = assign(Llama(**SIZES), rules, EXAMPLE)
     held = shaken(model, tokens)
-    full = jax.jit(model.apply)(held, tokens)
-    shapes = nn.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), tokens[:, :1], False, True)))["cache"]
-    cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    logits, cache = decoded(model, held, tokens)
+    np.testing.assert_allclose(logits, jax.jit(model.apply)(held, tokens), atol=1e-4)
     assert all(leaf.shape[-2] == 2 for leaf in jax.tree.leaves(cache) if leaf.ndim > 1)  # key-value heads only
-    step = jax.jit(lambda c, t: model.apply(held | {"cache": c}, t, False, True, mutable=["cache"]))
-    first, mutated = step(cache, tokens[:, :5])
-    pieces = [first]
-    for i in range(5, 12):
-        out, mutated = step(mutated["cache"], tokens[:, i : i + 1])
-        pieces.append(out)
-    np.testing.assert_allclose(jnp.concatenate(pieces, 1), full, atol=1e-4)
 
 
 @pytest.mark.long

@@ -2,7 +2,6 @@
 
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ from structmat.models import ViT
 from structmat.models.vit import patches
 from structmat.nn import assign, site_params, sites
 from tests.marks import mostly_long
+from tests.models.helpers import shaken
 
 SIZES = dict(classes=5, size=6, patch=2, channels=2, layers=2, width=16, heads=2, mlp_ratio=2)
 EXAMPLE = jax.ShapeDtypeStruct((3, 6, 6, 2), jnp.float32)
@@ -21,15 +21,6 @@ RULES = "layers_.*/mlp/.* -> monarch(blocks=2); patches -> low_rank(rank=3)"
 @pytest.fixture(scope="module")
 def images():
     return jax.random.normal(jax.random.key(1), (3, 6, 6, 2))
-
-
-def shaken(model, images):
-    """Parameters drawn anew, those that start at zero too; scales stay near 1."""
-    rng = np.random.default_rng(0)
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), images))
-    near = lambda path: 1 if path[-1].key == "scale" else 0
-    draw = lambda path, s: (near(path) + rng.normal(0, 0.4, s.shape)).astype(np.float32)
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def reference(model, variables, image):
