@@ -6,9 +6,10 @@
     python -m experiments.train --config=configs/llama.py:60m --workdir=runs/tiny --config.batch=8 \\
         --config.steps=100 --config.model.context=64 --config.mup.enabled
 
-Sizes as in GaLore's model files (Zhao et al. 2024); batch, context, steps, warm-up, learning rate and precision as in the
-scripts of SLTrain (Han et al. 2024), tuned there for low rank plus sparse: tune `optim.lr` before quoting dense. muP is
-off, as in the papers. SLTrain trains 7B with 8-bit moments, here they are f32.
+Sizes as in GaLore's model files (Zhao et al. 2024); batch, steps, warm-up, learning rate and precision as in the scripts
+of SLTrain (Han et al. 2024), tuned there for low rank plus sparse: tune `optim.lr` before quoting dense. These scripts set
+no context: 256 is our choice, the default of the program that they start. muP is off, as in the papers. SLTrain trains 7B
+with 8-bit moments, here they are f32.
 
 1b has 5461 hidden units = 43 x 127, which no mesh axis and few structures divide: the MLP stays whole along `tensor`
 (the planner warns), and Monarch, block tensor train and Kronecker need `--config.model.hidden=5504` (+0.5% parameters),
