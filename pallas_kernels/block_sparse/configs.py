@@ -25,8 +25,8 @@ REFILL = 32
 """Rows' worth of time a matrix unit loses when it takes up other weights."""
 
 ENOUGH = 256
-"""Token tile of the gradient of x from which larger ones no longer pay, unless weights read again bound the kernel: 107 k
-profiled cycles on v5e at 256 rows, 114 k at 512, 141 k at 1,024."""
+"""Token tile of the gradient of x from which larger ones no longer pay by the compiler's estimates, unless weights read
+again bound the kernel: `seconds`, which takes this gradient for a forward pass the other way round, would go further."""
 
 
 def tiles(kind: str, chip: Chip, m: int, k: int, grid: tuple[int, int, int, int], size: int) -> Tiles | None:
@@ -57,9 +57,8 @@ def seconds(
     """About what a kernel takes: arithmetic or traffic, the steps, and what nothing hides, the first loads and the last store.
 
     Large token tiles have the weights, or many columns x, read fewer times; small ones start sooner and leave no core of
-    several idle. On v5e (n 4096, 1,024
-    tokens, 25% of blocks of 128) the profiled cycles of the gradients of x are 141 k for tiles of 1,024 x 8, 107 k for
-    256 x 8; of the blocks 116 k for 1,024 x 32, 96 k for 512 x 8; of the forward pass 93 k for 1,024 x 8, 84 k for 512 x 8.
+    several idle. It only ranks tiles: what the chosen ones take by the compiler's estimate is in
+    results/bench/tpu_static.md.
     """
     columns, count, p, s = grid
     steps = -(-m // tokens) * (columns // group)
