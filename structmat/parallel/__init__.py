@@ -3,7 +3,7 @@
 In the order a training run uses them:
 
     group = init_distributed()                            # first of all, on every host of a pod; else does nothing
-    mesh = make_mesh({"data": 2, "fsdp": -1})             # axes data, fsdp, tensor; every device is used
+    mesh = make_mesh({"data": 2, "fsdp": -1})             # axes replica, data, fsdp, tensor; every device is used
     boxed = jax.eval_shape(model.init, key, example)      # variables as Linen returns them, with logical axes
     variables = shardings(mesh, boxed)                    # a NamedSharding per leaf, tree as unbox(boxed)
     state = state_shardings(mesh, variables, abstract)    # a NamedSharding per leaf of any state around them

@@ -58,7 +58,7 @@ def topology_mesh(name: str, spec: Mapping[str, int] | None = None, num_slices: 
     Args:
       name: such as `v5e:2x4`.
       spec: as in `make_mesh`.
-      num_slices: slices of that topology; `data` must be a multiple.
+      num_slices: slices of that topology; `replica` must be a multiple, or `data` where there are no replicas.
 
     Raises:
       MeshError: libtpu is missing, the topology is unknown, or the spec does not use it whole.

@@ -1,4 +1,4 @@
-"""Named meshes of axes data, fsdp and tensor that use every device, or an error that says what would."""
+"""Named meshes of axes replica, data, fsdp and tensor that use every device, or an error that says what would."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from jax.sharding import AxisType, Mesh
 
 from structmat.structures.errors import suggest
 
-AXES = ("data", "fsdp", "tensor")
-"""data: whole replicas; fsdp: replicas that share their parameters; tensor: parts of one product."""
+REPLICA = "replica"
+"""The one axis a mesh lacks where its size is 1."""
+
+AXES = (REPLICA, "data", "fsdp", "tensor")
+"""replica: whole replicas on other slices; data: whole replicas; fsdp: replicas that share their parameters; tensor: parts
+of one product."""
 
 
 class MeshError(ValueError):
     """A mesh, an axis rule or a batch does not fit the devices; the text names value, place and a valid choice."""
 
 
-def mesh_shape(spec: Mapping[str, int] | None, count: int) -> tuple[int, int, int]:
-    """Sizes of (data, fsdp, tensor) for `count` devices.
+def mesh_shape(spec: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
+    """Sizes of AXES for `count` devices.
 
     Args:
       spec: axis -> size; axes left out are 1, one may be -1 (what is left). None is {"data": -1}.
@@ -45,10 +49,9 @@ def mesh_shape(spec: Mapping[str, int] | None, count: int) -> tuple[int, int, in
         sizes[sizes.index(-1)] = count // known
     if math.prod(sizes) != count:
         fault = f"{known} does not divide" if -1 in sizes else f"its product is {known}, not"
-        near = sorted(factorisations(count), key=lambda f: _distance(f, sizes))[:4]
         raise MeshError(
             f"mesh {shown}: {fault} the number of devices, {count}, and every one must be used; "
-            f"nearest valid: {', '.join(map(_show, near))}"
+            f"nearest valid: {_nearest(sizes, count)}"
         )
     return tuple(sizes)
 
@@ -56,33 +59,55 @@ def mesh_shape(spec: Mapping[str, int] | None, count: int) -> tuple[int, int, in
 def make_mesh(spec: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `mesh_shape` over `devices` (default: all, of every process), with Auto axis types.
 
-    Devices are laid out along the physical links, and over several TPU slices only `data` crosses between them.
-    jax.make_mesh alone leaves surplus devices idle without a word, fails on sizes that split a physical axis, and
-    defaults to Explicit axes, under which Linen's partitioning metadata fails.
+    It has the axis `replica` only where its size is not 1. Devices are laid out along the physical links, and over several
+    TPU slices only the first axis crosses between them: `replica`, or `data` without it. jax.make_mesh alone leaves surplus
+    devices idle without a word, fails on sizes that split a physical axis, and defaults to Explicit axes, under which
+    Linen's partitioning metadata fails.
+
+    Raises:
+      MeshError: as `mesh_shape`, or the first axis is no multiple of the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = mesh_shape(spec, len(devices))
+    sizes = mesh_shape(spec, len(devices))
+    axes, shape = _present(AXES, sizes), _present(sizes, sizes)
     slices = len({getattr(d, "slice_index", None) for d in devices}) if devices[0].platform == "tpu" else 1
     if shape[0] % slices:
-        raise MeshError(f"mesh {_show(shape)}: data={shape[0]} must be a multiple of the {slices} slices")
+        raise MeshError(
+            f"mesh {_show(sizes)}: {axes[0]}={shape[0]} must be a multiple of the {slices} slices; "
+            f"nearest valid: {_nearest(sizes, len(devices), slices)}"
+        )
     if slices > 1:
-        inner = (shape[0] // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        inner, across = (shape[0] // slices, *shape[1:]), (slices,) + (1,) * len(shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inner, across, devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
-def factorisations(count: int) -> Iterator[tuple[int, int, int]]:
-    """Every (data, fsdp, tensor) whose product is `count`."""
-    for a in (d for d in range(1, count + 1) if count % d == 0):
-        for b in (d for d in range(1, count // a + 1) if (count // a) % d == 0):
-            yield a, b, count // a // b
+def factorisations(count: int, parts: int = len(AXES)) -> Iterator[tuple[int, ...]]:
+    """Every tuple of `parts` positive ints, such as sizes of AXES, whose product is `count`."""
+    if parts == 1:
+        yield (count,)
+        return
+    for first in (d for d in range(1, count + 1) if count % d == 0):
+        yield from ((first, *rest) for rest in factorisations(count // first, parts - 1))
+
+
+def _nearest(sizes: Sequence[int], count: int, slices: int = 1) -> str:
+    """The four valid shapes nearest to `sizes`, without replicas where none were asked for."""
+    fits = lambda f: (f[0] == 1 or sizes[0] != 1) and _present(f, f)[0] % slices == 0
+    return ", ".join(map(_show, sorted(filter(fits, factorisations(count)), key=lambda f: _distance(f, sizes))[:4]))
 
 
 def _distance(shape: Sequence[int], wanted: Sequence[int]) -> float:
     return sum(abs(math.log(have / want)) for have, want in zip(shape, wanted) if want > 0)
 
 
+def _present(values: Sequence[Any], sizes: Sequence[Any]) -> tuple[Any, ...]:
+    """`values`, one for each of AXES, of the axes that a mesh of these sizes has."""
+    return tuple(values[1:] if sizes[0] == 1 else values)
+
+
 def _show(sizes: Sequence[Any]) -> str:
-    return "x".join(map(str, sizes)) + f" ({', '.join(f'{n}={s}' for n, s in zip(AXES, sizes))})"
+    axes, shape = _present(AXES, sizes), _present(sizes, sizes)
+    return "x".join(map(str, shape)) + f" ({', '.join(f'{n}={s}' for n, s in zip(axes, shape))})"

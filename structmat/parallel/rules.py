@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from structmat.parallel.mesh import MeshError
+from structmat.parallel.mesh import REPLICA, MeshError
 from structmat.structures.errors import nearest, suggest
 
 AxisRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 DEFAULT_RULES: AxisRules = (
-    ("batch", ("data", "fsdp")),
+    ("batch", ("replica", "data", "fsdp")),
     ("embed", "fsdp"),
     ("mlp", "tensor"),
     ("heads", "tensor"),
@@ -35,7 +35,8 @@ DEFAULT_RULES: AxisRules = (
     ("block_in", None),
     ("block_out", None),
 )
-"""(logical axis, mesh axes). An axis may occur again: the first entry whose mesh axes are still free is taken."""
+"""(logical axis, mesh axes). An axis may occur again: the first entry whose mesh axes are still free is taken. On a mesh
+without `replica` the rules hold as if it had one part."""
 
 SCANNED, STORAGE, LARGE = "layers", "fsdp", 2**18
 """A leaf of this many entries or more that the rules leave whole on the mesh axis of shared parameters is split over it all
@@ -57,7 +58,7 @@ def spec_for(
     Raises:
       MeshError: as many axes as dimensions are needed; a logical axis without rule, or a rule to an unknown mesh axis.
     """
-    check_rules(mesh, rules)
+    rules = rules_on(mesh, rules)
     if len(axes) != len(shape):
         raise MeshError(f"{path}: logical axes {axes} do not match shape {shape}")
     used: set[str] = set()
@@ -96,12 +97,20 @@ def _storage_dimension(
     return max(fits, key=lambda i: (not spec[i], shape[i]), default=None)
 
 
-def check_rules(mesh: Mesh, rules: AxisRules) -> None:
-    """Refuse rules that name a mesh axis the mesh lacks."""
+def rules_on(mesh: Mesh, rules: AxisRules) -> AxisRules:
+    """The rules in the mesh axes there are: `replica` is left out where the mesh lacks it.
+
+    Raises:
+      MeshError: a rule names another mesh axis the mesh lacks.
+    """
     for logical, wanted in rules:
         for axis in _as_tuple(wanted):
-            if axis not in mesh.axis_names:
+            if axis not in mesh.axis_names and axis != REPLICA:
                 raise MeshError(f"rule {logical!r} -> {axis!r}: no such mesh axis" + suggest(axis, mesh.axis_names))
+    if REPLICA in mesh.axis_names:
+        return rules
+    left = lambda wanted: tuple(a for a in _as_tuple(wanted) if a != REPLICA) or None
+    return tuple((logical, left(w) if REPLICA in _as_tuple(w) else w) for logical, w in rules)
 
 
 def _lookup(axis: str | None, rules: AxisRules, used: set[str], path: str) -> tuple[str, ...]:
@@ -146,7 +155,7 @@ def shardings(mesh: Mesh, boxed: Any, rules: AxisRules = DEFAULT_RULES) -> Any:
       boxed: variables as returned by `model.init` (or its eval_shape), in LogicallyPartitioned boxes; a leaf without
         box is replicated.
     """
-    check_rules(mesh, rules)
+    rules = rules_on(mesh, rules)
 
     def one(path: tuple[Any, ...], node: Any) -> NamedSharding:
         if not _is_box(node):
@@ -197,8 +206,7 @@ def _replicated(mesh: Mesh, leaf: Any) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh, rules: AxisRules = DEFAULT_RULES) -> NamedSharding:
     """The sharding of every array of a batch: its first dimension over the mesh axes of `batch`."""
-    check_rules(mesh, rules)
-    wanted = _lookup("batch", rules, set(), "batch")
+    wanted = _lookup("batch", rules_on(mesh, rules), set(), "batch")
     return NamedSharding(mesh, PartitionSpec(wanted if wanted else None))
 
 
@@ -258,6 +266,6 @@ def on_mesh(mesh: Mesh, rules: AxisRules = DEFAULT_RULES) -> Iterator[Mesh]:
     Trace `model.init` outside of it where a weight has the same logical axis on both sides: Linen also applies the
     rules to every parameter it creates, and refuses a repeated name.
     """
-    check_rules(mesh, rules)
+    rules = rules_on(mesh, rules)
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield mesh

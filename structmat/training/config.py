@@ -52,7 +52,7 @@ def default(task: str = "lm", model: str | None = None) -> ConfigDict:
                 enabled=True,  # structure-aware learning rates, so that `lr` carries over to any structure and width
                 base_width=128,  # width of the dense model `lr` was tuned on
             ),
-            mesh=dict(data=-1, fsdp=1, tensor=1),  # devices per axis; -1 is what is left
+            mesh=dict(replica=1, data=-1, fsdp=1, tensor=1),  # devices per axis; -1 is what is left
             eval=dict(
                 every=0,  # steps between evaluations on held-out data; 0 is only at the end
                 batches=0,  # held-out batches to use; 0 is all
@@ -221,11 +221,11 @@ def _check_optim(config: ConfigDict) -> None:
 
 def _check_mesh(config: ConfigDict, devices: int) -> None:
     try:
-        data, fsdp, _ = mesh_shape(config.mesh.to_dict(), devices)
+        replica, data, fsdp, _ = mesh_shape(config.mesh.to_dict(), devices)
     except MeshError as error:
         raise ConfigError("mesh", config.mesh.to_dict(), str(error)) from None
-    what = "mesh data x fsdp" + (" x accumulate" if config.accumulate > 1 else "")
-    if config.batch % (parts := data * fsdp * config.accumulate):
+    what = "mesh " + "replica x " * (replica > 1) + "data x fsdp" + " x accumulate" * (config.accumulate > 1)
+    if config.batch % (parts := replica * data * fsdp * config.accumulate):
         valid = nearest(config.batch, range(parts, config.batch + 2 * parts, parts), 2)
         raise ConfigError("batch", config.batch, f"must be divisible by {what} = {parts}", f"nearest: {valid}")
 

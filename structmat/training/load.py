@@ -147,5 +147,5 @@ def _newest(folder: str | Path, checkpoints: Checkpointer, devices: int) -> tupl
     if found is None:
         raise RunError(f"{str(folder)!r} has no checkpoint yet; train for longer, or lower checkpoint.every")
     config = ConfigDict(json.loads(json.dumps(found.extra["config"])))
-    config.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=devices))
+    config.mesh = ConfigDict(dict(replica=1, data=1, fsdp=1, tensor=devices))
     return config, with_table(validate(config, devices), found.extra["sites"]), found.step

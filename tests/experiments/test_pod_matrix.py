@@ -80,6 +80,6 @@ def test_every_planned_row_is_a_config_a_mesh_and_a_command():
     for text in pod_matrix.STRUCTURES.values():
         assert parse(text)
     shapes = [mesh_shape(pod_matrix.mesh_of(t, "tensor"), n) for t, n in (("v5e:4x4", 16), ("v5p:8x8x8", 512))]
-    assert shapes == [(1, 4, 4), (2, 64, 4)]
+    assert shapes == [(1, 1, 4, 4), (1, 2, 64, 4)]
     words = shlex.split(pod_matrix.command_of(rows[-1]))
     assert words[:3] == ["python", "-m", "experiments.pod"] and f"--config={rows[-1]['config']}" in words

@@ -49,6 +49,7 @@ SHARES = {
 """Part of the bytes a device holds on a 2x2x2 mesh. Where not listed, what the declared axes of the leaves promise."""
 SUM = "low_rank(rank=4) + scaled(transpose(block_low_rank(in_blocks=4, out_blocks=4, rank=2)), 0.5) + frozen(dense())"
 FEW = ((2, 2, 2), (1, 1, 8))
+"""Sizes of the last axes of a mesh: (data, fsdp, tensor), or of all four."""
 MANY = ((8, 1, 1), (4, 2, 1), (1, 8, 1))
 
 
@@ -68,7 +69,11 @@ class FFN(nn.Module):
 
 
 def mesh_of(shape):
-    return make_mesh(dict(zip(AXES, shape)), jax.devices()[: math.prod(shape)])
+    return make_mesh(spec_of(shape), jax.devices()[: math.prod(shape)])
+
+
+def spec_of(shape):
+    return dict(zip(AXES[-len(shape) :], shape))
 
 
 def run(model, start, batch, shape, steps=2):
@@ -183,7 +188,7 @@ def train(shape):
     )
     config.model.update(layers=1, width=32, heads=4, context=16, vocab=32)
     config.mup.base_width = 32
-    config.mesh.update(dict(zip(AXES, shape)))
+    config.mesh.update(spec_of(shape))
     task = validate(config, math.prod(shape))
     tx, schedule = optimizer_for(config, task)
     mesh = mesh_of(shape)
@@ -210,3 +215,13 @@ def test_training_step_agrees_with_one_device(optimised):
     np.testing.assert_allclose(got[:, 0], want[:, 0], rtol=1e-6 if optimised else 3e-6)
     np.testing.assert_allclose(got[:, 1:], want[:, 1:], rtol=1e-5)
     assert part < 0.4 * whole  # most is split four ways, over fsdp and tensor
+
+
+@pytest.mark.long
+def test_training_step_over_replicas_agrees_with_one_device():
+    want, whole = train((1, 1, 1))
+    for shape, share in (((2, 1, 2, 2), 0.4), ((2, 2, 2, 1), 0.6)):
+        got, part = train(shape)
+        np.testing.assert_allclose(got[:, 0], want[:, 0], rtol=3e-6, err_msg=str(shape))
+        np.testing.assert_allclose(got[:, 1:], want[:, 1:], rtol=1e-5, err_msg=str(shape))
+        assert part < share * whole

@@ -31,6 +31,7 @@ from structmat.parallel import (
 )
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+REPLICAS = {"replica": 2, "data": 2, "fsdp": 2}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,25 @@ CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 )
 def test_spec(axes, shape, spec):
     assert spec_for(make_mesh(CUBE), axes, shape) == spec
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        (("batch", "length"), (8, 3), P(("replica", "data", "fsdp"), None)),
+        (("batch",), (4,), P(("replica", "data"))),
+        (("embed", "mlp"), (4, 8), P("fsdp", "tensor")),
+        (("layers", None), (2, 2**18), P(None, "fsdp")),  # storage is shared within a replica
+    ],
+)
+def test_only_batches_are_split_over_replicas(axes, shape, spec):
+    assert spec_for(make_mesh(REPLICAS), axes, shape) == spec
+
+
+@pytest.mark.parametrize(("wanted", "spec"), [("replica", P(None)), (("replica", "fsdp"), P("fsdp"))])
+def test_rules_hold_on_a_mesh_without_replicas(wanted, spec):
+    assert spec_for(make_mesh(CUBE), ("embed",), (4,), (("embed", wanted),)) == spec
+    assert batch_sharding(make_mesh(CUBE), (("batch", wanted),)).spec == spec
 
 
 @pytest.mark.parametrize(
@@ -100,6 +120,7 @@ def test_fallback_entries_are_taken_in_order():
         (("embde",), (4,), DEFAULT_RULES, "a/b: no rule for logical axis 'embde'; did you mean 'embed'"),
         (("embed",), (4, 4), DEFAULT_RULES, r"a/b: logical axes \('embed',\) do not match shape \(4, 4\)"),
         (("embed",), (4,), (("embed", "fsdq"),), "rule 'embed' -> 'fsdq'.*did you mean 'fsdp'"),
+        (("embed",), (4,), (("batch", ("replica", "fsdq")),), "rule 'batch' -> 'fsdq'.*did you mean 'fsdp'"),
     ],
 )
 def test_impossible_is_an_error(axes, shape, rules, words):
@@ -158,14 +179,15 @@ def test_frozen_leaves_keep_their_axes():
     assert jax.tree.leaves(up)[0].spec == P(None, "fsdp", "tensor")
 
 
-def test_shard_batch_round_trip():
-    mesh = make_mesh(CUBE)
+@pytest.mark.parametrize(("spec", "rows"), [(CUBE, 2), (REPLICAS, 1), ({"replica": 2, "tensor": 4}, 4)])
+def test_shard_batch_round_trip(spec, rows):
+    mesh = make_mesh(spec)
     batch = {"x": np.arange(24, dtype=np.float32).reshape(8, 3), "label": np.arange(8)}
     got = shard_batch(mesh, batch, 8)
     for name, value in batch.items():
         np.testing.assert_array_equal(got[name], value)
         assert got[name].sharding.is_equivalent_to(batch_sharding(mesh), value.ndim)
-        assert {s.data.shape[0] for s in got[name].addressable_shards} == {2}
+        assert {s.data.shape[0] for s in got[name].addressable_shards} == {rows}
     assert local_rows(mesh, 8) == range(8)
 
 
@@ -183,8 +205,14 @@ def test_bad_batches(value, total, words):
         shard_batch(make_mesh(CUBE), {"x": value}, total)
 
 
-def test_logical_constraint_acts_only_on_the_mesh():
-    mesh = make_mesh({"data": 2, "tensor": 4})
+def test_a_batch_is_divided_among_replicas_too():
+    with pytest.raises(MeshError, match="batch of 12 rows cannot be spread over 8 devices; nearest valid: 8, 16"):
+        local_rows(make_mesh(REPLICAS), 12)
+
+
+@pytest.mark.parametrize("first", ["data", "replica"])
+def test_logical_constraint_acts_only_on_the_mesh(first):
+    mesh = make_mesh({first: 2, "tensor": 4})
     kernel = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P(None, "tensor")))
     x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P()))
     step = lambda x, w: nn.with_logical_constraint(x @ w, ("batch", "mlp"))
@@ -192,7 +220,7 @@ def test_logical_constraint_acts_only_on_the_mesh():
     with on_mesh(mesh):
         within = jax.jit(lambda x, w: step(x, w)).lower(x, kernel).compile().output_shardings
     assert without.is_equivalent_to(NamedSharding(mesh, P(None, "tensor")), 2)
-    assert within.is_equivalent_to(NamedSharding(mesh, P("data", "tensor")), 2)
+    assert within.is_equivalent_to(NamedSharding(mesh, P(first, "tensor")), 2)
 
 
 def test_on_mesh_refuses_rules_it_cannot_follow():
