@@ -13,7 +13,7 @@ from typing import Any
 from absl import app
 
 from experiments.own_flags import OwnFlags
-from experiments.products import Product, parse_options
+from experiments.products import bound_of, parse_options
 from experiments.tpu_static_table import LABEL
 from pallas_kernels import CHIPS
 from structmat.analysis.plots import speedups
@@ -69,7 +69,7 @@ def draw(static: Path, gpu: Path, out: Path, n: int) -> Path:
     if not grid:
         raise app.UsageError(f"no speed-up over dense at n={n} in {static} or {gpu}; run experiments.tpu_static first")
     chips = {chip for found in grid.values() for panel in found.values() for chip in panel}
-    bounds = {d: {c: Product("", 0, n, {}).bound(CHIPS[c], d) for c in sorted(chips)} for d in grid}
+    bounds = {d: {c: bound_of(CHIPS[c], n, d) for c in sorted(chips)} for d in grid}
     title = f"Speed-up over dense, n = {n}, bf16. TPUs: {LABEL}" + ("; GPUs: measured" if gpu.exists() else "")
     figure = speedups(grid, bounds, f"{title}. Dashed: the bound")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -222,11 +222,6 @@ class Product:
         """What the operation's rule says on `chip`."""
         return OPS[self.op].choose(self.tokens, self.n, self.sizes, chip)
 
-    def bound(self, chip: Chip, direction: str = "forward") -> float:
-        """The most any structure can gain over dense. With gradients dense does three times the arithmetic, while x and the
-        gradient of y are read and y and the gradient of x written: twice the bytes."""
-        return chip.bound(self.n, self.n) * (1.5 if direction == "both" else 1.0)
-
     def bytes(self, direction: str = "forward") -> int:
         """The least HBM traffic: every operand and result once; for `both` x, g and weights in, y and gradients out."""
         held = sum(w.size * w.dtype.itemsize for w in self.weights() if w.dtype != jnp.int32)
@@ -236,6 +231,15 @@ class Product:
     def floor(self, bandwidth: float, direction: str = "forward") -> float:
         """Seconds to move `bytes`."""
         return self.bytes(direction) / bandwidth
+
+
+def bound_of(chip: Chip, n: int, direction: str = "forward") -> float:
+    """The most any structure can gain over dense at width n, many tokens, bf16.
+
+    With gradients (`both`) dense does three times the arithmetic, while x and the gradient of y are read and y and the
+    gradient of x written: twice the bytes.
+    """
+    return chip.bound(n, n) * (1.5 if direction == "both" else 1.0)
 
 
 def parse_options(text: str) -> dict[str, float]:

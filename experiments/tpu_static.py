@@ -16,7 +16,7 @@ from typing import Any
 from absl import app
 
 from experiments.own_flags import OwnFlags
-from experiments.products import OPS, Product
+from experiments.products import OPS, Product, bound_of
 from experiments.static_cycles import CLOCKS, DIRECTIONS, IMPLEMENTATIONS, Estimate, analysed, estimate
 from experiments.tpu_static_table import LABEL, judged, name_of, report
 from pallas_kernels import CHIPS
@@ -85,7 +85,7 @@ def with_rule(row: dict[str, Any]) -> dict[str, Any]:
             "reason": choice.reason,
             "unsupported": choice.unsupported,
             "flop_reduction": product.dense_flops / product.flops,
-            "bound": product.bound(chip, row["direction"]),
+            "bound": bound_of(chip, row["n"], row["direction"]),
             "floor": round(product.floor(chip.bandwidth, row["direction"]) * clock),
             "dense_floor": round(dense / chip.bandwidth * clock),
         }

@@ -5,6 +5,8 @@ from absl import app
 
 from experiments import tpu_static
 from experiments.kernel_picture import curves, draw
+from experiments.products import Product, bound_of
+from pallas_kernels import CHIPS
 
 
 def row(case, speedup, tokens=1024, n=4096, chip="v5e", direction="forward"):
@@ -28,6 +30,13 @@ def test_points_of_one_width_and_direction_the_best_of_several_blocks():
         "block_sparse: density": {"v5e": [(0.125, 4.0), (0.25, 3.0)]},
         "monarch: blocks": {"v5e": [(4.0, 1.2)], "v6e": [(4.0, 1.1)]},
     }
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+def test_the_bound_is_dense_arithmetic_over_what_a_layer_without_weights_moves(direction):
+    product, chip = Product("low_rank", 2**20, 4096, {"rank": 1}), CHIPS["v5e"]
+    gain = product.gemm_flops("dense", direction) / chip.flops / product.floor(chip.bandwidth, direction)
+    assert bound_of(chip, 4096, direction) == pytest.approx(gain, rel=1e-3)
 
 
 def test_the_picture_is_written(tmp_path):
