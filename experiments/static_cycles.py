@@ -85,7 +85,7 @@ def estimate(
     if found.cycles or implementation != "pallas":
         return found
     kernels: dict[str, int] = {}
-    for i in range(_kernel_count(product, chip, direction)):
+    for i in range(len(_kernels(product, chip, direction))):
         one = _profile(product, chip, implementation, direction, i, limit)
         if not one.cycles:
             return one
@@ -128,8 +128,7 @@ def _profile(product: Product, chip: str, implementation: str, direction: str, k
         except subprocess.TimeoutExpired:
             return Estimate(None, f"not compiled in {limit:g} s")
         if run.returncode:
-            said = [line for line in run.stderr.splitlines() if "Error" in line or "error" in line]
-            return Estimate(None, said[-1][:300] if said else f"the profiler ended with code {run.returncode}")
+            return Estimate(None, failure(run.stderr, run.returncode))
         trips = loop_trips(run.stdout)
         parts: dict[str, int] = {}
         for path in Path(folder).rglob("*_static_llo_profile.textproto"):
@@ -143,6 +142,16 @@ def _profile(product: Product, chip: str, implementation: str, direction: str, k
         each = product.gemm_flops(implementation, direction) / CHIPS[chip].flops * CLOCKS[chip] / max(len(gemms), 1)
         parts |= dict.fromkeys(lost, round(each))
     return Estimate(sum(parts.values()) or None, "" if parts else "no profile was written", parts, lost)
+
+
+def failure(stderr: str, code: int) -> str:
+    """Why a compile that ended with this code gave no estimate, from what it wrote."""
+    if any(sign in stderr for sign in ("mmap error: 12", "MemoryError", "bad_alloc", "Cannot allocate memory")):
+        return f"takes more than {MEMORY / 2**30:g} GiB"
+    if "Fatal Python error: Aborted" in stderr:
+        return "the profiler aborts"
+    said = [line for line in stderr.splitlines() if "Error" in line or "error" in line]
+    return said[-1][:300] if said else f"the profiler ended with code {code}"
 
 
 def loop_trips(hlo: str) -> dict[str, int]:
@@ -201,10 +210,6 @@ def _kernels(product: Product, chip: str, direction: str) -> list[Any]:
     with jax.set_mesh(mesh):
         look(jax.make_jaxpr(function)(*arguments).jaxpr)
     return found
-
-
-def _kernel_count(product: Product, chip: str, direction: str) -> int:
-    return len(_kernels(product, chip, direction))
 
 
 def compile_product(product: Product, chip: str, implementation: str, direction: str, kernel: int) -> str:

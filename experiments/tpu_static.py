@@ -190,7 +190,7 @@ def main(argv: list[str]) -> None:
         return
     record = Record.read(out)
     about = (
-        f"jax {record.versions['jax']}, libtpu {record.versions.get('libtpu', '(unknown)')}, {record.date}, "
+        f"jax {record.versions['jax']}, libtpu {record.versions.get('libtpu', '(unknown)')}; last call {record.date}, "
         f"`{record.command}`. Thousands of cycles of one device by libtpu's static profile, bf16; "
         "`both` is y and the gradients of x and of every weight. "
         f"Ratios compare max(cycles, memory floor). ~: scaled from {FEWER} tokens, where the profiler failed at {TOKENS}; +: with "

@@ -7,7 +7,7 @@ from absl import app
 from rich import box
 
 from experiments import tpu_static
-from experiments.static_cycles import Estimate, analysed, estimate
+from experiments.static_cycles import Estimate, analysed, estimate, failure
 from experiments.tpu_static_table import failures, judged, name_of, report, table, verdict
 from structmat.training.record import Record
 
@@ -121,6 +121,20 @@ def test_cost_analysis_stands_in_beside_dense_where_the_profiler_fails(calls, mo
     assert row["cycles"]["xla"] == 40_000 and row["analysed"] == ["xla"] and row["why"] == {"xla": "no"}
     report([row], tmp_path / "t.json", "about")
     assert "?40.0" in (tmp_path / "t.md").read_text() and failures([row]) == []
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        ("a\nF1121 12:19:00 28208 low_level_alloc.cc:625] RAW: mmap error: 12\nFatal Python error: Aborted", "14 GiB"),
+        ("Fatal Python error: Aborted\n\nThread 0x1 (most recent call first):", "the profiler aborts"),
+        ("Traceback\nValueError: first\nValueError: blocks\n", "ValueError: blocks"),
+        ("", "ended with code -9"),
+    ],
+)
+def test_why_there_is_no_estimate_is_said_without_the_log(stderr, said):
+    why = failure(stderr, -9)
+    assert said in why and "F1121" not in why and "Fatal" not in why
 
 
 @pytest.mark.tpu_aot
