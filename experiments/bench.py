@@ -28,6 +28,7 @@ from rich.table import Table  # noqa: E402
 
 from experiments import bench_gpu  # noqa: E402
 from experiments.own_flags import OwnFlags  # noqa: E402
+from experiments.rows import within  # noqa: E402
 from structmat.analysis.timing import interleaved, median_ratio, op_counts  # noqa: E402
 from structmat.nn.leaves import split  # noqa: E402
 from structmat.nn.sites import merge  # noqa: E402
@@ -221,10 +222,7 @@ def main(argv: list[str]) -> None:
     if not todo and not done:
         raise app.UsageError(f"--only={_ONLY.value!r} is in none of: {', '.join(CASES)}")
     start = time.monotonic()
-    for i, (case, n, batch) in enumerate(todo):
-        if time.monotonic() - start > 60 * minutes:
-            print(f"stopped after {minutes} minutes with {len(todo) - i} rows to go; run again to go on")
-            break
+    for i, (case, n, batch) in enumerate(within(todo, minutes)):
         try:
             rows = measure(case.format(n8=n // 8), n, batch, _REPEATS.value, dtype)
         except StructureError as error:

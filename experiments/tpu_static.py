@@ -17,6 +17,7 @@ from absl import app
 
 from experiments.own_flags import OwnFlags
 from experiments.products import OPS, Product, bound_of
+from experiments.rows import selected, within
 from experiments.static_cycles import CLOCKS, DIRECTIONS, IMPLEMENTATIONS, Estimate, analysed, estimate
 from experiments.tpu_static_table import LABEL, judged, name_of, report
 from pallas_kernels import CHIPS
@@ -142,17 +143,12 @@ def _beside_dense(product: Product, row: dict[str, Any], dense: int, limit: floa
 def run(out: Path, minutes: float, only: str, fresh: bool, limit: float) -> list[dict[str, Any]]:
     """Estimate what is missing, write the Record after every row; all rows so far."""
     held = json.loads(out.read_text())["metrics"]["rows"] if out.exists() else []
-    planned = {name_of(r): r for r in plan()}
+    asked, planned = selected(plan(), name_of, only), {name_of(r) for r in plan()}
     forgotten = lambda name: name not in planned or (fresh and only in name)
     done = {name_of(r): with_rule(r) for r in held if not forgotten(name_of(r))}
-    todo = [r for name, r in planned.items() if only in name and name not in done]
-    if not todo and not any(only in name for name in done):
-        raise app.UsageError(f"--only={only!r} is in no row; the first is {next(iter(planned))!r}")
+    todo = [r for r in asked if name_of(r) not in done]
     start, same = time.monotonic(), ("n", "tokens", "chip", "direction")
-    for i, row in enumerate(todo):
-        if time.monotonic() - start > 60 * minutes:
-            print(f"stopped after {minutes:g} minutes with {len(todo) - i} rows to go; run again to go on")
-            break
+    for i, row in enumerate(within(todo, minutes)):
         dense = next((d for d in done.values() if all(d[k] == row[k] for k in same)), None)
         found = with_rule(estimated(row, dense, limit))
         done[name_of(row)] = found
