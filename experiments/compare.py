@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
+from experiments.equal import dense_small, with_model
 from experiments.own_flags import OwnFlags
 from structmat.analysis.plots import tradeoff
 from structmat.analysis.timing import interleaved
@@ -98,24 +99,15 @@ def make_arms(config: ConfigDict, structures: list[str]) -> list[Arm]:
     return arms
 
 
-def _arm(label: str, config: ConfigDict, structure: str, **model: Any) -> Arm:
-    own = ConfigDict(config.to_dict())
-    own.structure = structure
-    own.model.update(model)
+def _arm(label: str, config: ConfigDict, structure: str) -> Arm:
+    own = with_model(config, structure)
     return Arm(label, own, validate(own))
 
 
 def _small(config: ConfigDict, params: int, dense: int) -> Arm | None:
-    """The widest dense model with at most `params` parameters; None if the structures save nothing."""
-    if params >= dense:
-        return None
-    unit = config.model.get("heads", 1)
-    low, high = 1, config.model.width // unit
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = _arm(SMALL, config, "dense()", width=middle * unit).params <= params
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return _arm(SMALL, config, "dense()", width=low * unit)
+    """The widest dense model with at most `params` parameters; None if the structures save nothing, or almost all."""
+    own = dense_small(config, params) if params < dense else None
+    return Arm(SMALL, own, validate(own)) if own else None
 
 
 def step_seconds(arms: list[Arm], repeats: int) -> list[float]:
@@ -160,20 +152,13 @@ def row_of(arm: Arm, record: Record, dense: Record, seconds: float, dense_second
         "site_share": size / dense_size if sites else None,
         "model_share": arm.params / base["params"] if arm.label != "dense" else 1.0,
         "flops_per_unit": metrics["flops_per_unit"],
-        "path": _path(arm),
+        "path": arm.task.path,
         "step_ms": 1e3 * seconds,
         "relative_step_time": seconds / dense_seconds,
         "metric": metrics["heldout"][metrics["metric"]],
         "heldout": metrics["heldout"],
         "seconds": record.seconds,
     }
-
-
-def _path(arm: Arm) -> str:
-    """How the structured products of a step are computed: factored, dense (materialised first) or mixed."""
-    linear = {p: s for p, s in arm.task.table.items() if s.kind == "linear"}
-    paths = {arm.task.path_at(p) for p, s in linear.items() if s.bound.structure.name != "dense"}
-    return "mixed" if len(paths) > 1 else next(iter(paths), "dense")
 
 
 def table_of(rows: list[dict[str, Any]], dense: Record, markdown: bool) -> Table:

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from experiments.own_flags import OwnFlags
 from experiments.pod_step import Pod, account, lower
+from experiments.rows import within
 from structmat.parallel import plan, replicated
 from structmat.structures import FAMILIES, parse
 from structmat.training.config import default
@@ -95,12 +96,9 @@ def run(out: Path, minutes: float, fresh: bool) -> list[dict[str, Any]]:
     families, start = real_families(), time.monotonic()
     done = {r["family"]: r for r in held if families.get(r["family"]) == r["structure"]}
     todo = [name for name in families if name not in done]
-    for i, name in enumerate(todo):
-        if time.monotonic() - start > 60 * minutes:
-            print(f"stopped after {minutes:g} minutes with {len(todo) - i} rows to go; run again to go on")
-            break
+    for i, name in enumerate(within(todo, minutes), 1):
         done[name] = compiled(name, families[name])
-        print(f"[{i + 1}/{len(todo)}] {name}: {judged(done[name]) or 'as planned'}", flush=True)
+        print(f"[{i}/{len(todo)}] {name}: {judged(done[name]) or 'as planned'}", flush=True)
         rows = [done[n] for n in families if n in done]
         record_of(rows, time.monotonic() - start).write(out)
     return [done[n] for n in families if n in done]

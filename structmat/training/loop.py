@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from structmat.parallel import local_rows, make_mesh, on_mesh, shard_batch
+from structmat.parallel import describe, local_rows, make_mesh, on_mesh, shard_batch
 from structmat.training import overview, workdir
 from structmat.training.build import compile_step, evaluate, make_eval_step, optimizer_for
 from structmat.training.checkpoint import Checkpointer
@@ -222,6 +222,7 @@ def train(
                 "unit": task.unit,
                 "units_per_step": task.units,
                 "step_seconds": statistics.median(seconds) if seconds else None,
+                "step_bytes": describe(step_fn, mesh).bytes,
                 "params": task.params,
                 "site_params": sum(site.bound.params for site in table.values()),
                 "dense_site_params": sum(site.bound.d_in * site.bound.d_out for site in table.values()),

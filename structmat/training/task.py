@@ -111,6 +111,13 @@ class Task:
         """`factored` or `dense`: how the site multiplies them."""
         return choose_path(self.table[path].bound, self.rows_at(path))[0]
 
+    @property
+    def path(self) -> str:
+        """How a step computes its structured products: factored, dense (materialised first) or mixed."""
+        linear = {p: s for p, s in self.table.items() if s.kind == "linear"}
+        paths = {self.path_at(p) for p, s in linear.items() if s.bound.structure.name != "dense"}
+        return "mixed" if len(paths) > 1 else next(iter(paths), "dense")
+
 
 def dump_table(table: Mapping[str, Site]) -> dict[str, dict[str, Any]]:
     """The site table as JSON: layer path -> canonical structure text, kind, in_shape, out_shape."""

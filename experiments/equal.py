@@ -1,0 +1,67 @@
+"""Baselines of equal size: the widest dense model, or the largest member of a family, with no more parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from structmat.training.config import validate
+from structmat.training.errors import ConfigError
+
+
+def with_model(config: ConfigDict, structure: str, **model: Any) -> ConfigDict:
+    """A copy of the config with this structure and these fields of `model`."""
+    own = ConfigDict(config.to_dict())
+    own.structure = structure
+    own.model.update(model)
+    return own
+
+
+def params_of(config: ConfigDict) -> int:
+    """Parameters of the whole model."""
+    return validate(config).params
+
+
+def dense_small(config: ConfigDict, params: int) -> ConfigDict | None:
+    """The widest dense model with at most `params` parameters, in whole heads where the model has them; None if there is
+    none."""
+    unit = config.model.get("heads", 1)
+    low, high = 1, config.model.width // unit
+    at = lambda heads: with_model(config, "dense()", width=heads * unit)
+    if params_of(at(1)) > params:
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if params_of(at(middle)) <= params else (low, middle - 1)
+    return at(low)
+
+
+def of_share(config: ConfigDict, text: str, params: int, precision: float = 1 / 512) -> ConfigDict:
+    """The config with the largest share in `text` whose model has at most `params` parameters.
+
+    Args:
+      text: structure or rules with `{share}` in it, the fraction of a site's dense parameters.
+      precision: steps of the share.
+
+    Raises:
+      ConfigError: even the smallest share has more.
+    """
+    at = lambda share: with_model(config, text.format(share=round(share, 6)))
+
+    def fits(steps: int) -> bool:
+        try:
+            return params_of(at(steps * precision)) <= params
+        except ConfigError as error:
+            if error.field == "structure":
+                return True  # no member is so small
+            raise
+
+    low, high = 0, round(1 / precision)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    found = at(low * precision) if low else None
+    if found is None or params_of(found) > params:
+        raise ConfigError("structure", text, f"no member has at most {params:,} parameters in all")
+    return found
