@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from structmat.structures.arguments import check_value, hints
 from structmat.structures.errors import StructureError, nearest
 from structmat.structures.leaf import Shape
+from structmat.structures.named import Named
 
 if TYPE_CHECKING:
     from structmat.structures.base import Bound
@@ -24,7 +24,7 @@ def as_shape(shape: int | Shape, what: str) -> Shape:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Structure:
+class Structure(Named):
     """A recipe: static choices without sizes.
 
     Every family takes, besides its own arguments:
@@ -36,25 +36,6 @@ class Structure:
     _: dataclasses.KW_ONLY
     init: InitMode = "spectral"
     train: tuple[str, ...] | None = None
-
-    name: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        wanted = hints(type(self))
-        for field in dataclasses.fields(self):
-            value = check_value(getattr(self, field.name), wanted[field.name], f"{self.name}: {field.name}")
-            object.__setattr__(self, field.name, value)
-        self.check()
-
-    def check(self) -> None:
-        """Refuse argument values no size could make valid."""
-
-    def need(self, **least: int) -> None:
-        """Refuse an int argument that is set and below its least value."""
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise StructureError(f"{self.name}: {name} must be at least {low}, got {value}")
 
     def bind(self, in_shape: int | Shape, out_shape: int | Shape) -> Bound:
         """Check the sizes and return the Bound for a weight of `in_shape` x `out_shape`.
@@ -100,16 +81,6 @@ class Structure:
     def text_fields(cls) -> list[dataclasses.Field[Any]]:
         """All arguments in the order of the text form: the family's own, then `init` and `train`."""
         return cls.own_fields() + [f for f in dataclasses.fields(cls) if f.name in ("init", "train")]
-
-    def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in self.text_fields())})"
-
-    __repr__ = __str__
-
-    def short(self) -> str:
-        """The text form without arguments left at their default; for tables and logs."""
-        shown = [f for f in self.text_fields() if getattr(self, f.name) != f.default]
-        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def __add__(self, other: Structure) -> Structure:
         from structmat.structures.algebra import Sum
