@@ -190,7 +190,7 @@ def account(step: Lowered) -> Account:
             kernels=kernels(text),
             off_plan=differences(step.template, places, compiled.output_shardings[0]),
             memory=(program.argument_bytes + program.output_bytes) / chip.bandwidth,
-            network=seconds(found, chip.name, step.pod.slices),
+            network=seconds(found, chip.name),
         )
     dense = sum(site.bound.d_in * site.bound.d_out - site.bound.params for site in task.table.values())
     return Account(

@@ -70,7 +70,7 @@ def make_mesh(spec: Mapping[str, int] | None = None, devices: Sequence[Any] | No
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_shape(spec, len(devices))
     axes, shape = _present(AXES, sizes), _present(sizes, sizes)
-    slices = len({getattr(d, "slice_index", None) for d in devices}) if devices[0].platform == "tpu" else 1
+    slices = slices_of(devices)
     if shape[0] % slices:
         raise MeshError(
             f"mesh {_show(sizes)}: {axes[0]}={shape[0]} must be a multiple of the {slices} slices; "
@@ -82,6 +82,11 @@ def make_mesh(spec: Mapping[str, int] | None = None, devices: Sequence[Any] | No
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def slices_of(devices: Sequence[Any]) -> int:
+    """Over how many TPU slices, joined by the data-centre network, the devices are; 1 where they are no TPUs."""
+    return len({getattr(d, "slice_index", None) for d in devices}) if devices[0].platform == "tpu" else 1
 
 
 def factorisations(count: int, parts: int = len(AXES)) -> Iterator[tuple[int, ...]]:

@@ -86,7 +86,8 @@ def collectives(hlo: str) -> dict[str, Traffic]:
     """Collective kind -> Traffic of an optimised HLO module (`compiled.as_text()`); kinds that do not occur are absent.
 
     A collective in a loop body counts once per iteration where the compiler knows the trip count, else once; one in a
-    branch counts as if taken.
+    branch counts as if taken. What goes from slice to slice counts as the collective it was before the compiler made it
+    sends and receives.
     """
     found: dict[str, Traffic] = {}
     for kind, size, times, _ in sent(hlo):
@@ -104,6 +105,9 @@ def sent(hlo: str) -> Iterator[tuple[str, int, int, str]]:
             if hit := _COLLECTIVE.search(line):
                 kind, phase = hit["kind"], hit["phase"]
                 yield kind, _result_bytes(hit["result"], phase == "-start" and kind != "all-reduce"), times, line
+            elif hit := _BETWEEN_SLICES.search(line):
+                kind = "collective-permute" if hit["kind"] == "ONE_TO_ONE" else hit["kind"].lower().replace("_", "-")
+                yield kind, _result_bytes(hit["result"], False), times, line
             inner = times * int(trip[1]) if (trip := _TRIPS.search(line)) else times
             for group in _CALLED.finditer(line):
                 for called in re.findall(r"[\w.\-]+", group[1]):
@@ -113,6 +117,7 @@ def sent(hlo: str) -> Iterator[tuple[str, int, int, str]]:
 
 
 _COLLECTIVE = re.compile(rf"= (?P<result>.+?) (?P<kind>{'|'.join(KINDS)})(?P<phase>-start)?\(")
+_BETWEEN_SLICES = re.compile(r'= \((?P<result>\S+?), .* recv\(.*_xla_megascale_transfer_type="(?P<kind>\w+)"')
 _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )

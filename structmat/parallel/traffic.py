@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
+from structmat.parallel.mesh import slices_of
 from structmat.parallel.report import sent
+
+_TARGET = "_xla_megascale_target"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Sent:
       kind: such as `all-gather`. axes: mesh axes along which the devices of a group differ.
       parts: devices in a group. count: how often one runs per call. bytes: of the results, and wire: a device sends by
         the ring algorithm, per call.
+      dcn: whether the devices of a group are on different slices, else they are all on one: the compiler splits a
+        collective over several slices into parts of either kind.
     """
 
     kind: str
@@ -52,11 +57,12 @@ class Sent:
     count: int
     bytes: int
     wire: int
+    dcn: bool = False
 
 
 def traffic(hlo: str, mesh: Mesh) -> list[Sent]:
     """Every kind and set of axes in an optimised HLO module compiled for `mesh`, most bytes first."""
-    found: dict[tuple[str, tuple[str, ...]], Sent] = {}
+    found: dict[tuple[str, tuple[str, ...], bool], Sent] = {}
     for kind, size, times, line in sent(hlo):
         axes, parts = crossed(line, mesh)
         wire = {
@@ -64,15 +70,22 @@ def traffic(hlo: str, mesh: Mesh) -> list[Sent]:
             "reduce-scatter": size * (parts - 1),
             "collective-permute": size,
         }.get(kind, size * (parts - 1) // parts)
-        old = found.get((kind, axes), Sent(kind, axes, parts, 0, 0, 0))
+        dcn = _TARGET in line
+        old = found.get((kind, axes, dcn), Sent(kind, axes, parts, 0, 0, 0, dcn))
         more = {"count": old.count + times, "bytes": old.bytes + times * size, "wire": old.wire + times * wire}
-        found[kind, axes] = dataclasses.replace(old, **more)
+        found[kind, axes, dcn] = dataclasses.replace(old, **more)
     return sorted(found.values(), key=lambda s: -s.wire)
 
 
 def crossed(line: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
-    """(mesh axes a collective's groups extend along, devices in a group) of an HLO instruction."""
-    groups = np.asarray(_groups(line, mesh.size))
+    """(mesh axes a collective's groups extend along, devices in a group) of an HLO instruction.
+
+    The program of several slices is that of one: it numbers the devices of a slice, and only the first mesh axis leaves it.
+    """
+    slices = slices_of(mesh.devices.flat)
+    if _TARGET in line:
+        return mesh.axis_names[:1], 2 if "->" in line.split(_TARGET)[1].split("_xla")[0] else slices
+    groups = np.asarray(_groups(line, mesh.size // slices))
     places = np.stack(np.unravel_index(groups, mesh.devices.shape))
     varies = (places != places[:, :, :1]).any(axis=(1, 2))
     return tuple(axis for axis, v in zip(mesh.axis_names, varies) if v), groups.shape[1]
@@ -93,15 +106,7 @@ def _groups(line: str, devices: int) -> Sequence[Sequence[int]]:
     return [list(range(devices))]
 
 
-def seconds(found: Sequence[Sent], chip: str, slices: int = 1) -> float:
-    """The least time the collectives take, one after the other, each device sending over all its links at once.
-
-    With several slices, groups along `data` leave theirs: what a slice has reduced is sent on in parts, one per device
-    of the group within it.
-    """
-    links, total = LINKS[chip], 0.0
-    for s in found:
-        total += s.wire / links.ici
-        if slices > 1 and "data" in s.axes:
-            total += s.wire / max(1, s.parts // slices) / links.dcn
-    return total
+def seconds(found: Sequence[Sent], chip: str) -> float:
+    """The least time the collectives take, one after the other, each device sending over all its links at once."""
+    links = LINKS[chip]
+    return sum(s.wire / (links.dcn if s.dcn else links.ici) for s in found)
