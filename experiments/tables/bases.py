@@ -1,0 +1,82 @@
+"""The tasks tables train on, by scale: small enough for 45 s on 2 CPU cores, for minutes on one GPU, or the paper's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from experiments.tables.schema import SCALES, TableError
+from structmat.structures.errors import suggest
+from structmat.training.config import default
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A task to train arms on.
+
+    Attributes:
+      make: () -> its config, dense.
+      metric: held-out figure arms are compared by, and its heading. lower: whether less is better.
+      others: further held-out figures to show, by name.
+      seeds: how many.
+      rates: multiples of the config's learning rate that are tried when an arm is tuned.
+    """
+
+    make: Callable[[], ConfigDict]
+    metric: str
+    lower: bool = True
+    others: tuple[str, ...] = ()
+    seeds: int = 3
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0)
+
+
+def digits() -> ConfigDict:
+    """Three hidden layers on scikit-learn's digits."""
+    config = default("digits")
+    config.update(steps=400, batch=64)
+    config.model.update(width=256, layers=3)
+    config.optim.lr = 3e-3
+    config.mup.base_width = 256
+    return config
+
+
+def bytes_cpu() -> ConfigDict:
+    """The demo's GPT on bytes of the standard library, fewer steps."""
+    config = default("lm")
+    config.update(steps=450)
+    config.eval.batches = 200
+    return config
+
+
+def bytes_gpu() -> ConfigDict:
+    """A GPT of GPT-2 small's width and depth on bytes, 33 million tokens."""
+    config = default("lm")
+    config.update(steps=1000, batch=64)
+    config.model.update(width=768, layers=12, heads=12, context=512, dtype="bfloat16")
+    config.optim.lr = 6e-4
+    config.mup.base_width = 768
+    config.eval.batches = 50
+    return config
+
+
+BASES: dict[tuple[str, str], Base] = {
+    ("cpu", "digits"): Base(digits, "loss", others=("accuracy",), seeds=5),
+    ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte"),
+    ("gpu", "bytes"): Base(bytes_gpu, "bits_per_byte"),
+}
+"""(scale, name) -> Base."""
+
+
+def base_of(scale: str, name: str) -> Base:
+    """The base of that name at a scale.
+
+    Raises:
+      TableError: no such scale, or no such base there.
+    """
+    if scale not in SCALES:
+        raise TableError(f"no scale {scale!r}" + suggest(scale, SCALES))
+    if (scale, name) not in BASES:
+        raise TableError(f"scale {scale}: no base {name!r}" + suggest(name, [n for s, n in BASES if s == scale]))
+    return BASES[scale, name]

@@ -1,0 +1,190 @@
+"""Which runs a table needs: rates tried for every family, then every arm on every seed, each known by its content."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.equal import dense_small, of_share
+from experiments.tables.bases import Base, base_of
+from experiments.tables.schema import DENSE, LOW_RANK, SMALL, Arm, Table, TableError
+from experiments.tables.store import Result, Store
+from structmat.structures import Rules
+from structmat.training.config import identity, validate
+from structmat.training.record import content_key
+from structmat.training.tasks import TASKS
+
+TUNE_SEED = 1000
+"""Of the runs that choose a rate; none of the seeds that are compared."""
+TUNE_SHARE = 3
+"""A rate is tried for this fraction of the steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+      label: for people, such as `monarch, rate x2, seed 1000`. key: of its content: the same run in another table has it
+      too. config: all of it.
+    """
+
+    label: str
+    key: str
+    config: ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An arm with its config at a scale. `rate`: the multiple of the base rate that was best, None if not known yet."""
+
+    arm: Arm
+    config: ConfigDict
+    tried: tuple[Run, ...]
+    rate: float | None
+    runs: tuple[Run, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A table at a scale, as far as results so far allow."""
+
+    table: Table
+    scale: str
+    base: Base
+    rows: tuple[Row, ...]
+
+    def runs(self) -> list[Run]:
+        """Every run that can be named so far, rates first, each once."""
+        found = [run for row in self.rows for run in row.tried] + [run for row in self.rows for run in row.runs]
+        return list({run.key: run for run in found}.values())
+
+    def complete(self) -> bool:
+        """Whether every row's rate is known, so that `runs` is all of them."""
+        return all(row.runs for row in self.rows)
+
+    def row(self, name: str) -> Row:
+        """The row of an arm."""
+        return next(row for row in self.rows if row.arm.name == name)
+
+
+def plan(table: Table, scale: str, store: Store) -> Plan:
+    """What the table needs at a scale, given the results there are.
+
+    Raises:
+      TableError: the table has no such scale. ConfigError: an arm is not a valid config.
+    """
+    if scale not in table.bases:
+        raise TableError(f"table {table.name} has no scale {scale!r}; it has {', '.join(table.bases)}")
+    base = base_of(scale, table.bases[scale])
+    rates: dict[str, float | None] = {}
+    tried: dict[str, tuple[Run, ...]] = {}
+    for arm, config in arms_of(table, scale):
+        if not arm.tuned_with:
+            tried[arm.name] = _trials(arm.name, config, base)
+            rates[arm.name] = best_rate(tried[arm.name], base, store)
+    rows = []
+    for arm, config in arms_of(table, scale):
+        rate = rates[arm.tuned_with or arm.name]
+        runs = () if rate is None else tuple(_train(arm.name, config, base, rate, seed) for seed in range(base.seeds))
+        rows.append(Row(arm, config, tried.get(arm.name, ()), rate, runs))
+    return Plan(table, scale, base, tuple(rows))
+
+
+@functools.cache
+def arms_of(table: Table, scale: str) -> tuple[tuple[Arm, ConfigDict], ...]:
+    """Every arm with its config: the baselines first, sized by the table's reference arm."""
+    start = base_of(scale, table.bases[scale]).make()
+    own = [(arm, changed(start, arm.changes, f"table {table.name}, arm {arm.name!r}")) for arm in table.arms]
+    params = validate(next(config for arm, config in own if arm.name == table.reference)).params
+    paper = lambda name: dict(table.baselines_paper.get(name, {}))
+    rows = [(Arm(DENSE, paper=paper(DENSE)), start)]
+    small = dense_small(start, params)
+    if small is not None and small.model.width < start.model.width:
+        rows.append((Arm(SMALL, tuned_with=DENSE, paper=paper(SMALL)), small))
+    rows.append((Arm(LOW_RANK, paper=paper(LOW_RANK)), of_share(start, table.low_rank, params)))
+    return (*rows, *own)
+
+
+def changed(config: ConfigDict, changes: Mapping[str, Any], place: str) -> ConfigDict:
+    """A copy of the config with dotted fields replaced.
+
+    Raises:
+      TableError: no such field.
+    """
+    own = ConfigDict(config.to_dict())
+    for field, value in changes.items():
+        node: Any = own
+        *groups, last = field.split(".")
+        for group in groups:
+            node = node.get(group)
+            if not isinstance(node, ConfigDict):
+                raise TableError(f"{place}: no field {field!r} in the config")
+        if last not in node:
+            raise TableError(f"{place}: no field {field!r} in the config")
+        node[last] = value
+    return own
+
+
+def _trials(name: str, config: ConfigDict, base: Base) -> tuple[Run, ...]:
+    runs = []
+    for rate in base.rates:
+        own = _at_rate(config, rate, TUNE_SEED)
+        own.steps = max(1, config.steps // TUNE_SHARE)
+        runs.append(Run(f"{name}, rate x{rate:g}", key_of(own), own))
+    return tuple(runs)
+
+
+def _train(name: str, config: ConfigDict, base: Base, rate: float, seed: int) -> Run:
+    own = _at_rate(config, rate, seed)
+    return Run(f"{name}, seed {seed}", key_of(own), own)
+
+
+def _at_rate(config: ConfigDict, rate: float, seed: int) -> ConfigDict:
+    own = ConfigDict(config.to_dict())
+    own.seed = seed
+    own.optim.lr = float(f"{config.optim.lr * rate:.6g}")
+    return own
+
+
+def best_rate(trials: tuple[Run, ...], base: Base, store: Store) -> float | None:
+    """The multiple whose trial ended best; None while one is missing.
+
+    Raises:
+      TableError: every trial diverged.
+    """
+    found: list[Result | None] = [store.read(run.key) for run in trials]
+    if any(result is None for result in found):
+        return None
+    sign = 1 if base.lower else -1
+    scored = [(sign * r.heldout[base.metric], rate) for r, rate in zip(found, base.rates) if r and not r.failed]
+    if not scored:
+        raise TableError(f"{trials[0].label}: the run failed at every rate tried: {found[0] and found[0].failed}")
+    return min(scored)[1]
+
+
+def key_of(config: ConfigDict) -> str:
+    """The content of a run: its config, structures in canonical text, and its data."""
+    fields = {name: value for name, value in identity(config).items() if name != "structure"}
+    return content_key(fields, {"": Rules.of(config.structure)}, data_hash(config))
+
+
+def data_hash(config: ConfigDict) -> str:
+    """SHA-256 of the data of a config's task."""
+    fields = config.data.to_dict() if "data" in config else {}
+    return _data_hash(config.to_json(), json.dumps([config.task, fields, config.model.get("vocab", 0)], sort_keys=True))
+
+
+_HASHES: dict[str, str] = {}
+
+
+def _data_hash(config: str, data: str) -> str:
+    if data not in _HASHES:
+        parsed = ConfigDict(json.loads(config))
+        _HASHES[data] = TASKS[parsed.task].build(parsed).load().sha256
+    return _HASHES[data]

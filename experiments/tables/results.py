@@ -1,0 +1,101 @@
+"""What a table's runs came to: figures over seeds, costs, verdicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import statistics
+
+from ml_collections import ConfigDict
+
+from experiments.tables.judge import Verdict, judge
+from experiments.tables.plan import Plan, Row
+from experiments.tables.schema import DENSE, Claim
+from experiments.tables.store import Result, Store
+from structmat.training.config import validate
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of a model at an arm's config: parameters of all of it, bits of them as stored, FLOPs of a forward pass per unit, and
+    how its structured products are computed in training (factored, dense, or mixed)."""
+
+    params: int
+    bits: int
+    flops: int
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A row with its results, one per seed in order; a seed not run yet is None."""
+
+    row: Row
+    results: tuple[Result | None, ...]
+
+    def figures(self, name: str) -> list[float]:
+        """The held-out figure of every seed that ended."""
+        return [r.heldout[name] for r in self.results if r and not r.failed]
+
+    @property
+    def diverged(self) -> int:
+        """Seeds that stopped on non-finite losses."""
+        return sum(bool(r and r.failed) for r in self.results)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median over seeds of the median step."""
+        times = [s for r in self.results if r and not r.failed and (s := r.record.metrics["step_seconds"])]
+        return statistics.median(times) if times else None
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes a device needs for the compiled step: state, batch and temporaries."""
+        return max((r.record.metrics["step_bytes"] for r in self.results if r and not r.failed), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """A plan with what has been run of it."""
+
+    plan: Plan
+    lines: tuple[Line, ...]
+
+    def line(self, name: str) -> Line:
+        """Of an arm."""
+        return next(line for line in self.lines if line.row.arm.name == name)
+
+    def verdict(self, claim: Claim) -> Verdict | None:
+        """Judged on the seeds both arms ended; None where there is none."""
+        metric, lines = self.plan.base.metric, (self.line(claim.better), self.line(claim.worse))
+        both = [(a, b) for a, b in zip(*(line.results for line in lines)) if a and b and not a.failed and not b.failed]
+        if not both:
+            return None
+        better, worse = ([pair[i].heldout[metric] for pair in both] for i in (0, 1))
+        return judge(better, worse, self.plan.base.lower, claim.within)
+
+    def relative_time(self, line: Line) -> float | None:
+        """Median step over dense's, both from runs of their own."""
+        dense = self.line(DENSE).step_seconds
+        return line.step_seconds / dense if dense and line.step_seconds else None
+
+
+def results_of(plan: Plan, store: Store) -> Results:
+    """What the store has of a plan."""
+    lines = tuple(Line(row, tuple(store.read(run.key) for run in row.runs)) for row in plan.rows)
+    return Results(plan, lines)
+
+
+def cost_of(config: ConfigDict) -> Cost:
+    """What an arm's model costs."""
+    return _cost_of(config.to_json())
+
+
+@functools.cache
+def _cost_of(text: str) -> Cost:
+    task = validate(ConfigDict(json.loads(text)))
+    sites = task.table.values()
+    rest = task.params - sum(site.bound.params for site in sites)
+    bits = sum(site.bound.cost(1).bits for site in sites) + 32 * rest
+    return Cost(task.params, bits, task.flops(), task.path)

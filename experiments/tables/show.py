@@ -1,0 +1,119 @@
+"""A table on the screen or as Markdown: ours beside the paper's, costs, and what became of its claims."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table as Grid
+
+from experiments.tables.judge import Verdict, interval
+from experiments.tables.results import Line, Results, cost_of
+from experiments.tables.schema import DENSE, Claim
+
+
+def grid(results: Results, style: box.Box) -> Grid:
+    """One line per arm; the paper's figures in columns of their own."""
+    plan = results.plan
+    base, columns = plan.base, plan.table.columns
+    heads = [base.metric.replace("_", " "), *(name.replace("_", " ") for name in base.others)]
+    made = Grid("", *heads, "seeds", "rate", "params", "Mbit", "FLOPs", "memory", "step", "path",
+                *[f"paper: {heading}" for heading in columns.values()], box=style)  # fmt: skip
+    for column in made.columns[1:]:
+        column.justify = "right"
+    dense = cost_of(results.line(DENSE).row.config)
+    for line in results.lines:
+        cost, time, memory = cost_of(line.row.config), results.relative_time(line), line.memory
+        made.add_row(
+            line.row.arm.name,
+            *[figure(line.figures(name)) for name in (base.metric, *base.others)],
+            _seeds(line),
+            _rate(line, base.rates),
+            f"{cost.params:,} ({cost.params / dense.params:.2f}x)",
+            f"{cost.bits / 1e6:.2f}",
+            f"{cost.flops:,}",
+            f"{memory / 2**20:.1f} MiB" if memory else "-",
+            f"{time:.2f}x" if time else "-",
+            cost.path,
+            *[f"{line.row.arm.paper[c]:g}" if c in line.row.arm.paper else "" for c in columns],
+        )
+    return made
+
+
+def figure(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
+
+
+def _seeds(line: Line) -> str:
+    ended = sum(r is not None and not r.failed for r in line.results)
+    return str(ended) + (f", {line.diverged} diverged" if line.diverged else "")
+
+
+def _rate(line: Line, rates: Sequence[float]) -> str:
+    """The multiple of the base rate; ! where the best tried was the first or last."""
+    if line.row.rate is None:
+        return "-"
+    return f"x{line.row.rate:g}" + "!" * (bool(line.row.tried) and line.row.rate in (min(rates), max(rates)))
+
+
+def sentence(claim: Claim, verdict: Verdict | None) -> str:
+    """A claim and its verdict in words."""
+    where = f"{claim.text} ({claim.source})"
+    if verdict is None:
+        return f"{where}: **not decided**, no runs yet."
+    bar = "" if claim.within is None else f", to be above {-claim.within:g}"
+    if verdict.seeds < 2:
+        return f"{where}: **not decided**; gain {verdict.gain:+.4f} on one seed{bar}."
+    return (
+        f"{where}: **{verdict.status}**; gain {verdict.gain:+.4f}, 95% interval {verdict.low:+.4f} to {verdict.high:+.4f}"
+        f"{bar}, {verdict.seeds} seeds."
+    )
+
+
+def conditions(results: Results) -> str:
+    """Where and how the figures were made."""
+    records = [r.record for line in results.lines for r in line.results if r]
+    if not records:
+        return "No runs yet."
+    dates = sorted(r.date for r in records)
+    machines = sorted({_machine(r.device) for r in records})
+    versions = sorted({r.versions["jax"] for r in records})
+    slowest = max(r.seconds for r in records)
+    data = sorted({r.metrics["data"] for r in records if "data" in r.metrics})
+    plan = results.plan
+    row = plan.rows[0]
+    return (
+        f"Scale {plan.scale}: {row.config.steps} steps of {row.config.batch} examples; {'; '.join(data)}. Mean ± standard "
+        f"deviation over seeds 0 to {plan.base.seeds - 1}. Rate: multiple of {row.config.optim.lr:g} best of "
+        f"{', '.join(f'{r:g}' for r in plan.base.rates)} in a run of a third of the steps with another seed, per family; ! is at "
+        f"the end of what was tried. Step: median step over dense's, each from its own run. Memory: of the compiled step, state and temporaries. "
+        f"{'; '.join(machines)}, jax {', '.join(versions)}, {dates[0][:10]} to {dates[-1][:10]}, {len(records)} runs, the "
+        f"longest {slowest:.0f} s. `python -m experiments.tables run {plan.table.name} --scale={plan.scale}`"
+    )
+
+
+def _machine(device: dict) -> str:
+    kind = device.get("kind", device.get("device_kind", ""))
+    return f"{device['cpu']}, {device['cores']} cores" + (f", {kind}" if kind and kind != "cpu" else "")
+
+
+def verdicts(results: Results) -> list[tuple[Claim, Verdict | None]]:
+    """Every claim with its verdict."""
+    return [(claim, results.verdict(claim)) for claim in results.plan.table.claims]
+
+
+def caption(results: Results) -> list[str]:
+    """Paragraphs under the table: claims, notes, conditions."""
+    table = results.plan.table
+    said = [f"- {sentence(claim, verdict)}" for claim, verdict in verdicts(results)]
+    notes = [f"- {line.row.arm.name}: {line.row.arm.note}" for line in results.lines if line.row.arm.note]
+    gap = interval(results.line(DENSE).figures(results.plan.base.metric))
+    said += notes
+    if gap[1] < float("inf"):
+        said.append(f"- 95% interval of dense alone: {gap[0]:.4f} to {gap[1]:.4f}.")
+    return [*said, *table.remarks.get(results.plan.scale, ()), conditions(results)]

@@ -1,0 +1,177 @@
+"""A table from its data to its page: which runs it needs, that they are made once, and what is said of them."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments.tables import bases, report, runner
+from experiments.tables import plan as planning
+from experiments.tables.bases import Base
+from experiments.tables.plan import TUNE_SEED, key_of, plan
+from experiments.tables.registry import TABLES, table_of
+from experiments.tables.results import results_of
+from experiments.tables.runner import missing, run_table
+from experiments.tables.schema import DENSE, LOW_RANK, SMALL, Arm, Claim, Table, TableError
+from experiments.tables.show import conditions, verdicts
+from experiments.tables.store import Store
+from structmat.training.config import default, validate
+from structmat.training.errors import Interrupted, RunError
+from structmat.training.record import Record
+
+
+def small():
+    config = default("digits")
+    config.update(steps=6, batch=16)
+    config.model.update(width=32, layers=2)
+    config.mup.base_width = 32
+    return config
+
+
+TINY = Base(small, "loss", others=("accuracy",), seeds=3, rates=(0.5, 1.0))
+TABLE = Table(
+    name="tiny",
+    title="A tiny table",
+    citation="Nobody, 2026",
+    bases={"cpu": "tiny"},
+    arms=(
+        Arm("monarch", {"structure": "monarch(blocks=4)"}, paper={"accuracy": 99.0}, note="4 blocks"),
+        Arm("monarch, decayed", {"structure": "monarch(blocks=4)", "optim.weight_decay": 0.3}, tuned_with="monarch"),
+    ),
+    reference="monarch",
+    columns={"accuracy": "accuracy, %"},
+    baselines_paper={DENSE: {"accuracy": 99.5}},
+    claims=(
+        Claim("Monarch beats low rank", "Table 1", "monarch", LOW_RANK),
+        Claim("Decay does not hurt", "Table 2", "monarch, decayed", "monarch", within=0.1),
+    ),
+)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs made, by label; a run's loss is 0.1 worse per seed and 0.5 worse for low rank, and rate 0.5 diverges."""
+    made = []
+
+    def train(config, folder, name=None):
+        made.append(name)
+        folder.mkdir(parents=True)
+        if config.seed == TUNE_SEED and config.optim.lr < 3e-3:
+            raise RunError("stopped at step 3: 10 steps in a row (max_skips) had a non-finite loss")
+        loss = 1.0 + 0.1 * config.seed + 0.5 * ("low_rank" in config.structure) + 0.01 * config.optim.weight_decay
+        return Record.create(
+            name=name, kind="train", config=json.loads(config.to_json()), structures={}, seed=config.seed, data_hash="d",
+            seconds=2.0, metrics={"heldout": {"loss": loss, "accuracy": 0.5}, "step_seconds": 0.01, "step_bytes": 2**20,
+                                  "data": "digits"},
+        )  # fmt: skip
+
+    monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), TINY)
+    monkeypatch.setattr(runner, "train", train)
+    return made
+
+
+def test_rates_first_then_every_seed_each_once(trained, tmp_path):
+    store, runs = Store(tmp_path / "out", "cpu"), tmp_path / "runs"
+    first = missing(TABLE, "cpu", store)
+    assert len(first) == 6 and all(r.config.seed == TUNE_SEED and r.config.steps == 2 for r in first)
+    assert run_table(TABLE, "cpu", store, runs, 60)
+    assert len(trained) == len(set(trained)) == 6 + 5 * 3 and missing(TABLE, "cpu", store) == []
+    assert run_table(TABLE, "cpu", Store(tmp_path / "out", "cpu"), runs, 60) and len(trained) == 21
+    again = dataclasses.replace(TABLE, name="other", arms=TABLE.arms[:1], claims=())
+    assert run_table(again, "cpu", store, runs, 60) and len(trained) == 21  # shared by content
+    assert not list(runs.glob("cpu/*"))
+    found = plan(TABLE, "cpu", store)
+    assert {row.rate for row in found.rows} == {1.0} and found.complete()  # the other rate diverged
+    assert found.row("monarch, decayed").runs[0].config.optim.weight_decay == 0.3
+
+
+def test_baselines_have_no_more_parameters(monkeypatch):
+    monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), TINY)
+    params = {arm.name: validate(config).params for arm, config in planning.arms_of(TABLE, "cpu")}
+    assert list(params) == [DENSE, SMALL, LOW_RANK, "monarch", "monarch, decayed"]
+    for name in (SMALL, LOW_RANK):
+        assert 0.9 * params["monarch"] < params[name] <= params["monarch"]
+
+
+def test_the_page_says_what_was_found(trained, tmp_path):
+    store = Store(tmp_path, "cpu")
+    run_table(TABLE, "cpu", store, tmp_path / "runs", 60)
+    results = results_of(plan(TABLE, "cpu", store), store)
+    (_, beats), (_, decay) = verdicts(results)
+    assert beats.status == "holds" and beats.gain == pytest.approx(0.5) and decay.status == "holds"
+    page = report.report([TABLE], tmp_path).read_text()
+    assert "2 claims; 2 hold, 0 do not, 0 are not decided" in page and "## tiny, cpu: A tiny table" in page
+    assert "1.1000 ± 0.1000" not in page and "1.1010 ± 0.1000" in page  # dense: weight decay 0.1
+    assert "paper: accuracy, %" in page and "99.5" in page and "- monarch: 4 blocks" in page
+    assert (tmp_path / "tiny_cpu.png").stat().st_size > 1000 and "the longest 2 s" in conditions(results)
+
+
+def test_out_of_time_is_gone_on_with(trained, tmp_path, monkeypatch):
+    def stopped(config, folder, name=None):
+        raise Interrupted("saved")
+
+    monkeypatch.setattr(runner, "train", stopped)
+    store = Store(tmp_path, "cpu")
+    assert not run_table(TABLE, "cpu", store, tmp_path / "runs", 60)
+    assert not run_table(TABLE, "cpu", store, tmp_path / "runs", 0) and len(missing(TABLE, "cpu", store)) == 6
+
+
+def test_other_errors_are_not_results(trained, tmp_path, monkeypatch):
+    def broken(config, folder, name=None):
+        raise RunError("the folder cannot be written")
+
+    monkeypatch.setattr(runner, "train", broken)
+    with pytest.raises(RunError, match="written"):
+        run_table(TABLE, "cpu", Store(tmp_path, "cpu"), tmp_path / "runs", 60)
+
+
+def test_a_family_that_diverges_at_every_rate(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), dataclasses.replace(TINY, rates=(0.25, 0.5)))
+    with pytest.raises(TableError, match="failed at every rate"):
+        run_table(TABLE, "cpu", Store(tmp_path, "cpu"), tmp_path / "runs", 60)
+
+
+def test_keys_know_content_only():
+    one, two = small(), small()
+    assert key_of(one) == key_of(two)
+    two.log_every = 3  # decides nothing that is learned
+    assert key_of(one) == key_of(two)
+    two.structure = "monarch(blocks = 4)"
+    assert key_of(one) != key_of(two)
+    one.structure = "monarch(blocks=4)"
+    assert key_of(one) == key_of(two)
+    two.seed = 5
+    assert key_of(one) != key_of(two)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"arms": (Arm("a"), Arm("a")), "reference": "a", "claims": ()}, "occur twice"),
+        ({"reference": "monrach"}, "monarch"),
+        ({"claims": (Claim("x", "y", "monarch", "dens"),)}, "dense"),
+        ({"bases": {"cpus": "tiny"}}, "cpu"),
+        ({"baselines_paper": {DENSE: {"acc": 1.0}}}, "no column 'acc'"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(change, said):
+    with pytest.raises(TableError, match=said):
+        dataclasses.replace(TABLE, **change)
+
+
+def test_names_and_fields_are_checked(monkeypatch):
+    with pytest.raises(TableError, match="monarch"):
+        table_of("monarhc")
+    monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), TINY)
+    wrong = dataclasses.replace(TABLE, arms=(Arm("monarch", {"optim.lrr": 1.0}),), claims=())
+    with pytest.raises(TableError, match=r"optim\.lrr"):
+        planning.arms_of(wrong, "cpu")
+    with pytest.raises(TableError, match="no scale 'gpu'"):
+        plan(TABLE, "gpu", Store("x", "gpu"))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_is_valid_at_cpu_scale(name):
+    arms = planning.arms_of(TABLES[name], "cpu")
+    for _, config in arms[:1] + arms[3:]:
+        validate(config)
