@@ -23,9 +23,10 @@ from structmat.structures.wrappers import Wrapper
 class Masked(Composite):
     """`masked(a, pattern)`: W = mask * A, simulated: stored and executed dense.
 
-    The pattern is n_m_sparse, random_sparse, block_sparse or channel_sparse. Where it goes by size (n_m_sparse,
-    select='magnitude' or 'norm', pattern='magnitude') the mask follows the current A; a random support is drawn once
-    and kept. Export to the real thing is `pattern.project(materialize)`.
+    The pattern is unstructured, n_m_sparse, random_sparse, block_sparse or channel_sparse. Where it goes by size
+    (n_m_sparse, select='magnitude' or 'norm', pattern='magnitude') the mask follows the current A; a random support is
+    drawn once and kept, but for `unstructured` and a method that moves it (structmat.sparse). Export to the real thing
+    is `pattern.project(materialize)`.
 
     Rules, for the gradient that A gets from the gradient g at W: `plain` mask * g; `ste` g, so that masked entries
     stay alive; `sr_ste` g + decay (1 - mask) A (Zhou et al. 2021, arXiv 2102.04010).
@@ -49,8 +50,8 @@ class Masked(Composite):
         inner, pattern = self.a.bind(in_shape, out_shape), self.pattern.bind(in_shape, out_shape)
         if not hasattr(pattern, "mask"):
             raise StructureError(
-                "masked: pattern must be n_m_sparse(...), random_sparse(...), block_sparse(...) or channel_sparse(...), "
-                f"got {self.pattern.short()}"
+                "masked: pattern must be unstructured(...), n_m_sparse(...), random_sparse(...), block_sparse(...) or "
+                f"channel_sparse(...), got {self.pattern.short()}"
             )
         resolved = dataclasses.replace(self, a=inner.structure, pattern=pattern.structure)
         return BoundMasked(resolved, in_shape, out_shape, inner, pattern)
@@ -77,8 +78,14 @@ class BoundMasked(Wrapper):
         """The pattern's, for a dense `a`."""
         return self.pattern.grams if isinstance(self.inner, BoundDense) else "none"
 
+    def _gain(self, gain: float) -> float:
+        """Of the weights, where the pattern makes up for the entries it takes away."""
+        return gain * getattr(self.pattern, "gain", 1.0)
+
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
-        return {"weights": self.inner.leaves(in_axes, out_axes, gain)} | self.pattern.mask_leaves(in_axes, out_axes)
+        return {"weights": self.inner.leaves(in_axes, out_axes, self._gain(gain))} | self.pattern.mask_leaves(
+            in_axes, out_axes
+        )
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32, gain: float = 1.0) -> dict[str, Any]:
         inner, support = jax.random.split(key)
@@ -87,7 +94,7 @@ class BoundMasked(Wrapper):
             for name, leaf in self.pattern.mask_leaves(None, None).items()
             if isinstance(leaf, Leaf)
         }
-        return {"weights": self.inner.init(inner, dtype, gain)} | drawn
+        return {"weights": self.inner.init(inner, dtype, self._gain(gain))} | drawn
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
         return x @ self.materialize(params)
@@ -131,7 +138,7 @@ class BoundMasked(Wrapper):
             self.no_gram(in_gram, out_gram)
         stored = {}
         if names := self.pattern.mask_leaves(None, None):
-            support = self.pattern.project(w, key=key, like=like)
+            support = self.pattern.project(target, key=key, like=like)
             stored = {name: support[name] for name in names}
         inner_like = None if like is None else like["weights"]
         new = {"weights": self.inner.project(target, key=key, like=inner_like)} | stored

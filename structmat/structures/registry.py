@@ -10,6 +10,7 @@ from structmat.structures.fit import Fit
 from structmat.structures.masked import Masked
 from structmat.structures.normalized import Dora, FakeQuantized, WeightNorm
 from structmat.structures.recipe import Structure
+from structmat.structures.unstructured import Unstructured
 from structmat.structures.wrappers import Frozen, Scaled, Transpose
 
 _MODULES = (
@@ -70,6 +71,7 @@ COMBINATORS: dict[str, type[Structure]] = {
     "product": Product,
     "scaled": Scaled,
     "transpose": Transpose,
+    "unstructured": Unstructured,
     "weight_norm": WeightNorm,
 }
 

@@ -19,6 +19,7 @@ from structmat.parallel.mesh import mesh_shape
 from structmat.structures import StructureError
 from structmat.structures.errors import nearest, suggest
 from structmat.training.errors import ConfigError
+from structmat.training.methods import method_of, rule_for
 from structmat.training.task import Task
 from structmat.training.tasks import TASKS
 
@@ -37,6 +38,7 @@ def default(task: str = "lm", model: str | None = None) -> ConfigDict:
             batch=16,  # examples per step over all devices
             accumulate=1,  # parts of a batch whose gradients are computed in turn, so that one part's activations fit
             structure="dense()",  # one structure for all linear sites, or 'regex -> structure; regex -> structure'
+            method="",  # what else happens to the weights: see structmat.training.methods; '' is nothing
             optim=dict(
                 name="adamw",
                 lr=4e-3,  # peak rate, tuned for the dense model of mup.base_width
@@ -98,6 +100,7 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
     _check_fields(config.to_dict(), default(name, _model_name(config, task.MODELS)).to_dict(), "")
     _check_ranges(config)
     _check_optim(config)
+    method_of(config)
     task.check(config)
     _check_mesh(config, jax.device_count() if devices is None else devices)
     built = dataclasses.replace(task.build(config), accumulate=config.accumulate)
@@ -106,6 +109,7 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
         built.table  # noqa: B018  traces the model, which refuses what its layers cannot hold, such as a complex product
     except StructureError as error:
         raise ConfigError("structure", config.structure, str(error)) from None
+    rule_for(config, built.table)
     return built
 
 
@@ -231,8 +235,8 @@ def _check_mesh(config: ConfigDict, devices: int) -> None:
 
 
 def identity(config: ConfigDict, rule: Any = None) -> dict[str, Any]:
-    """What makes two runs the same run, as JSON: the config without FREE fields, and the Rule."""
-    kept = {k: v for k, v in config.to_dict().items() if k not in FREE}
+    """What makes two runs the same run, as JSON: the config without FREE fields, the method spelt out, and the Rule."""
+    kept = {k: v for k, v in config.to_dict().items() if k not in FREE} | {"method": str(method_of(config) or "")}
     return json.loads(json.dumps(kept | {"rule": repr(rule) if rule is not None else ""}))
 
 

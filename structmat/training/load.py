@@ -21,6 +21,7 @@ from structmat.training.build import optimizer_for
 from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import validate
 from structmat.training.errors import RunError
+from structmat.training.methods import rule_for
 from structmat.training.rule import Rule
 from structmat.training.state import plan_state, variables_of
 from structmat.training.task import Task, with_table
@@ -45,7 +46,7 @@ def load_run(folder: str | Path, rule: Rule | None = None, devices: Sequence[jax
     """Read the run in `folder`, on whatever mesh it was trained.
 
     Args:
-      rule: the Rule it was trained with, whose state is in the checkpoint.
+      rule: the Rule given to `train`, if one was, whose state is in the checkpoint.
       devices: where to put it, split over the tensor axis; default the first one of this process.
 
     Raises:
@@ -57,7 +58,7 @@ def load_run(folder: str | Path, rule: Rule | None = None, devices: Sequence[jax
         mesh = make_mesh(config.mesh.to_dict(), devices)
         with on_mesh(mesh):
             tx, _ = optimizer_for(config, task)
-            restored = checkpoints.restore(plan_state(task, tx, rule, mesh))
+            restored = checkpoints.restore(plan_state(task, tx, rule_for(config, task.table, rule), mesh))
     return Run(config, task, variables_of(restored.state), restored.step)
 
 

@@ -25,6 +25,7 @@ from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import identity, profile_steps, validate
 from structmat.training.environment import peak_flops, versions
 from structmat.training.errors import Interrupted, RunError
+from structmat.training.methods import method_of, rule_for
 from structmat.training.metrics import MetricWriter
 from structmat.training.progress import ProgressLine, Runs
 from structmat.training.record import Record
@@ -51,7 +52,7 @@ def train(
 
     Args:
       folder: of this run alone; gets config.json, checkpoints, metrics.jsonl, tensorboard and, at the end, record.json.
-      rule: acts on the state after the optimiser.
+      rule: acts on the state after the optimiser, in place of what `config.method` names.
       name: of the record and the progress line; default the folder's.
       runs: the outer loop of a comparison, for its ETA.
       on_step: called with (step, metrics) once the metrics of a step are known.
@@ -64,6 +65,7 @@ def train(
     # ---- Config: nothing is read, written or compiled before it is valid ------------------------------------------
     began = time.perf_counter()
     task = validate(config)
+    rule_for(config, task.table, rule)  # refuses two of them
     run = identity(config, rule)
     finished = workdir.claim(folder, run)
     if finished:
@@ -91,6 +93,7 @@ def train(
                 )
             task = with_table(task, found.extra["sites"])
         table = task.table
+        rule = rule_for(config, table, rule)
 
         # ---- Optimiser and state: every leaf on the mesh -----------------------------------------------------------
         tx, schedule = optimizer_for(config, task)
@@ -219,6 +222,7 @@ def train(
                 "train": last,
                 "reference": dict(source.reference),
                 "steps": config.steps,
+                "method": str(method_of(config) or ""),
                 "unit": task.unit,
                 "units_per_step": task.units,
                 "step_seconds": statistics.median(seconds) if seconds else None,
@@ -243,11 +247,13 @@ def dry_run(config: ConfigDict, console: Console, rule: Rule | None = None) -> N
       ConfigError: the config is not valid.
     """
     task = validate(config)
+    rule = rule_for(config, task.table, rule)
     mesh = make_mesh(config.mesh.to_dict())
     with on_mesh(mesh):
         tx, schedule = optimizer_for(config, task)
         template = plan_state(task, tx, rule, mesh)
         overview.show_sites(task, template, console)
+        console.print(f"method: {method_of(config) or 'none'}")
         compiled = compile_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
     overview.show_cost(task, template, compiled, mesh, console)
 

@@ -84,9 +84,9 @@ class Task:
 
     @functools.cached_property
     def params(self) -> int:
-        """Parameters of the whole model, frozen ones included; indices are not parameters."""
+        """Parameters of the whole model, frozen ones included; indices and masks are not parameters."""
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), *self.example)
-        return sum(leaf.size for leaf in jax.tree.leaves(shapes) if not jnp.issubdtype(leaf.dtype, jnp.integer))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes) if jnp.issubdtype(leaf.dtype, jnp.inexact))
 
     def flops(self, executed: bool = False) -> int:
         """FLOPs of one forward pass per unit: products and attention.

@@ -132,7 +132,7 @@ def test_combines_with_freezing_transposing_and_fit():
     [
         (
             "masked(dense(), low_rank(rank=2))",
-            r"pattern must be n_m_sparse\(...\), random_sparse.* or channel_sparse\(...\), got low_rank",
+            r"pattern must be unstructured.*, n_m_sparse\(...\), random_sparse.* or channel_sparse\(...\), got low_rank",
         ),
         ("masked(dense())", "needs pattern"),
         ("masked(dense(), n_m_sparse(2, 4), rule='srste')", "did you mean 'sr_ste'"),
