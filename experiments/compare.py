@@ -39,6 +39,7 @@ from structmat.training.build import compile_step, optimizer_for
 from structmat.training.config import identity, validate
 from structmat.training.errors import ConfigError, RunError
 from structmat.training.loop import train
+from structmat.training.methods import rule_for
 from structmat.training.progress import Runs
 from structmat.training.record import Record, same_data
 from structmat.training.state import create_state, plan_state
@@ -74,7 +75,7 @@ class Arm:
 
 
 def make_arms(config: ConfigDict, structures: list[str]) -> list[Arm]:
-    """Check every arm: dense first, dense small second, then the structures as given.
+    """Check every arm: dense first, dense small second, both without a method, then the structures as given.
 
     Raises:
       ConfigError: no structure is given, or one arm is not valid.
@@ -87,11 +88,12 @@ def make_arms(config: ConfigDict, structures: list[str]) -> list[Arm]:
     structures = list(structures or spec.get("structures", ()))
     if not structures:
         raise ConfigError("compare.structures", (), "nothing to compare", "--structure='fit(monarch(), params=0.3)' is")
-    arms = [_arm("dense", config, structure="dense()")]
+    plain = ConfigDict(config.to_dict() | {"method": ""})
+    arms = [_arm("dense", plain, structure="dense()")]
     for text in dict.fromkeys(str(Rules.of(text)) for text in structures):
         if text != str(Rules.of("dense()")):
             arms.append(_arm(text if "->" in text else parse(text).short(), config, structure=text))
-    small = _small(config, max(arm.params for arm in arms[1:]), arms[0].params) if len(arms) > 1 else None
+    small = _small(plain, max(arm.params for arm in arms[1:]), arms[0].params) if len(arms) > 1 else None
     arms = arms[:1] + ([small] if small else []) + arms[1:]
     folders = [arm.folder for arm in arms]
     if twice := [arm.label for arm in arms if folders.count(arm.folder) > 1]:
@@ -117,12 +119,13 @@ def step_seconds(arms: list[Arm], repeats: int) -> list[float]:
     with on_mesh(mesh):
         for arm in arms:
             tx, schedule = optimizer_for(arm.config, arm.task)
-            template = plan_state(arm.task, tx, None, mesh)
-            step = make_step(arm.task, tx, None, schedule, arm.config.seed)
+            rule = rule_for(arm.config, arm.task.table)
+            template = plan_state(arm.task, tx, rule, mesh)
+            step = make_step(arm.task, tx, rule, schedule, arm.config.seed)
             compiled = compile_step(arm.task, step, template, mesh)
             shapes = arm.task.batch.items()
             batch = shard_batch(mesh, {n: np.zeros(s.shape, s.dtype) for n, s in shapes}, arm.config.batch)
-            calls.append(_stepper(compiled, create_state(arm.task, tx, None, template, arm.config.seed), batch))
+            calls.append(_stepper(compiled, create_state(arm.task, tx, rule, template, arm.config.seed), batch))
         times = interleaved(calls, [()] * len(calls), repeats)
     return [statistics.median(t) for t in times]
 

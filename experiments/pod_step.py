@@ -32,6 +32,7 @@ from structmat.parallel import (
 from structmat.parallel.traffic import seconds
 from structmat.training.build import lower_step, optimizer_for
 from structmat.training.config import validate
+from structmat.training.methods import rule_for
 from structmat.training.state import plan_state
 from structmat.training.step import make_step
 from structmat.training.task import Task
@@ -140,9 +141,10 @@ def lower(config: ConfigDict, pod: Pod) -> Lowered:
     mesh = topology_mesh(pod.topology, config.mesh.to_dict(), pod.slices)
     device = mesh.devices.flat[0]
     tx, schedule = optimizer_for(config, task)
-    template = plan_state(task, tx, None, mesh)
+    rule = rule_for(config, task.table)
+    template = plan_state(task, tx, rule, mesh)
     with on_mesh(mesh):
-        lowered = lower_step(task, make_step(task, tx, None, schedule, config.seed), template, mesh)
+        lowered = lower_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
     text = "\n".join([str(pod), importlib.metadata.version("libtpu"), lowered.as_text()])
     program = hashlib.sha256(text.encode()).hexdigest()[:16]
     chip = chip_of(device.device_kind, device.platform, device.num_cores or 1)
