@@ -76,6 +76,9 @@ def choose(m: int, k: int, rank: int, grid: tuple[int, int, int, int], dtype: An
     refused = _unsupported(m, k, rank, grid, dtype, chip)
     if refused:
         return Choice("xla", f"no kernel: {refused}; {said}", refused, **facts)
+    alone = choose_block_sparse(m, k, grid, dtype, chip)
+    if alone.implementation == "xla":
+        return Choice("xla", f"{alone.reason}; {said}", **facts)
     if rank > PAYS:
         return Choice("xla", f"rank above {PAYS}, where one pass no longer pays: {said}", **facts)
     return Choice("pallas", said, **facts)

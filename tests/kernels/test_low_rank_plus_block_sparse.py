@@ -99,6 +99,7 @@ GRID = (32, 4, 128, 128)
     [
         ("v5e", 128, GRID, "rank 128, density 0.125, blocks 128 x 128, bound 8.52x", "pallas"),
         ("v6e", 64, (16, 2, 256, 256), "rank 64, density 0.125, blocks 256 x 256", "pallas"),
+        ("v6e", 64, GRID, "half of 256-wide matrix units", "xla"),
         ("v5e", 512, GRID, "rank above 256, where one pass no longer pays: rank 512", "xla"),
         ("v5e", 128, (64, 8, 64, 64), "64 x 64 are not multiples of 128", "xla"),
         ("v5e", 1, GRID, "rank 1; Mosaic multiplies", "xla"),
