@@ -20,6 +20,7 @@ from absl import app
 from experiments.own_flags import OwnFlags
 from experiments.pod_step import Pod, account, lower
 from experiments.pod_table import name_of, report
+from experiments.rows import selected, within
 from structmat.training.errors import ConfigError
 from structmat.training.record import Record
 
@@ -110,15 +111,9 @@ def run(out: Path, minutes: float, only: str) -> list[dict[str, Any]]:
     held = json.loads(out.read_text())["metrics"]["rows"] if out.exists() else []
     known = {r["program"]: _account_of(r) for r in held if "program" in r}
     done = {name_of(r): r for r in held}
-    todo = [r for r in plan() if only in name_of(r)]
-    if not todo:
-        raise app.UsageError(f"--only={only!r} is in no row; the first is {name_of(plan()[0])!r}")
-    todo.sort(key=lambda r: name_of(r) in done)  # what was never compiled comes first
+    todo = sorted(selected(plan(), name_of, only), key=lambda r: name_of(r) in done)  # the never compiled come first
     start = time.monotonic()
-    for i, row in enumerate(todo):
-        if time.monotonic() - start > 60 * minutes:
-            print(f"stopped after {minutes:g} minutes with {len(todo) - i} rows to go; run again to go on")
-            break
+    for i, row in enumerate(within(todo, minutes)):
         found = compiled(row, known)
         done[name_of(row)] = found
         print(f"[{i + 1}/{len(todo)}] {name_of(row)}: {_said(found)}", flush=True)
