@@ -16,7 +16,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
-from structmat.structures import Bound, Rules, StructureError
+from structmat.structures import Bound, Rules, Structure, StructureError
 
 Kind = Literal["linear", "conv", "embed", "head"]
 KINDS = ("linear", "conv", "embed", "head")
@@ -59,6 +59,20 @@ def group_name(prefix: str, start: int, stop: int) -> str:
 _GROUP = re.compile(r"(?P<prefix>\w+)_(?P<start>\d+)to(?P<last>\d+)")
 
 
+def layer_paths(path: str) -> list[str]:
+    """The layer paths of one path of arrays: `layers_0to1/mlp/up` is `layers_0/mlp/up` and `layers_1/mlp/up`; any other
+    path is its own."""
+    parts = path.split("/")
+    groups = [(i, m) for i, part in enumerate(parts) if (m := _GROUP.fullmatch(part))]
+    if not groups:
+        return [path]
+    (i, match), *rest = groups
+    if rest:
+        raise StructureError(f"site {path}: nested scanned groups are not supported")
+    layers = range(int(match["start"]), int(match["last"]) + 1)
+    return ["/".join([*parts[:i], f"{match['prefix']}_{layer}", *parts[i + 1 :]]) for layer in layers]
+
+
 def record(path: tuple[str, ...], bound: Bound, kind: Kind, in_axes: Any, out_axes: Any) -> None:
     """Called by modules; notes a site when `sites` is listening."""
     records = _records.get()
@@ -87,18 +101,10 @@ def sites(model: nn.Module, *example: Any) -> dict[str, Site]:
         jax.eval_shape(lambda *args: model.init(jax.random.key(0), *args), *example)
     table: dict[str, Site] = {}
     for path, site in found.items():
-        parts = path.split("/")
-        groups = [(i, m) for i, part in enumerate(parts) if (m := _GROUP.fullmatch(part))]
-        if not groups:
-            table[path] = site
-            continue
-        (i, match), *rest = groups
-        if rest:
-            raise StructureError(f"site {path}: nested scanned groups are not supported")
-        start, last = int(match["start"]), int(match["last"])
-        for layer in range(start, last + 1):
-            own = "/".join([*parts[:i], f"{match['prefix']}_{layer}", *parts[i + 1 :]])
-            table[own] = dataclasses.replace(site, stack=Stack(path, layer - start, last - start + 1))
+        layers = layer_paths(path)
+        for i, layer in enumerate(layers):
+            stack = None if layer == path else Stack(path, i, len(layers))
+            table[layer] = dataclasses.replace(site, stack=stack)
     return dict(sorted(table.items(), key=lambda item: _natural(item[0])))
 
 
@@ -160,14 +166,19 @@ def assign(model: nn.Module, rules: Any, *example: Any) -> nn.Module:
     plain = {"structures": ()} | ({"scan": False} if hasattr(model, "scan") else {})
     table = sites(model.clone(**plain), *example)
     chosen = Rules.of(rules).resolve({path: site.kind for path, site in table.items()})
-    resolved = []
-    for path, structure in chosen.items():
-        try:
-            bound = structure.bind(table[path].bound.in_shape, table[path].bound.out_shape)
-        except StructureError as error:
-            raise StructureError(f"site {path}: {error}") from None
-        resolved.append((path, bound.structure))
-    return model.clone(structures=tuple(resolved))
+    return model.clone(structures=tuple((path, bind(path, table[path], s).structure) for path, s in chosen.items()))
+
+
+def bind(path: str, site: Site, structure: Structure) -> Bound:
+    """Another structure with the sizes of a site.
+
+    Raises:
+      StructureError: it does not fit them; names the site.
+    """
+    try:
+        return structure.bind(site.bound.in_shape, site.bound.out_shape)
+    except StructureError as error:
+        raise StructureError(f"site {path}: {error}") from None
 
 
 def scope(structures: tuple[tuple[str, Any], ...], prefix: str) -> tuple[tuple[str, Any], ...]:

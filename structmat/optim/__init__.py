@@ -2,6 +2,7 @@
 
 from structmat.optim.build import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 from structmat.optim.mup import decay_mask, leaf_multiplier, multipliers, scale_by_tree
+from structmat.optim.restart import needs_gradient, restart
 
 __all__ = [
     "OPTIMIZERS",
@@ -11,5 +12,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "multipliers",
+    "needs_gradient",
+    "restart",
     "scale_by_tree",
 ]

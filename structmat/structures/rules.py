@@ -50,7 +50,12 @@ class Rules:
         return Rules(tuple(rules))
 
     def resolve(self, sites: Mapping[str, str]) -> dict[str, Structure]:
-        """Assign a structure to every site.
+        """Assign a structure to every site: that of `matched`, else dense."""
+        chosen = self.matched(sites)
+        return {p: chosen.get(p, Dense()) for p in sites}
+
+    def matched(self, sites: Mapping[str, str]) -> dict[str, Structure]:
+        """The structure of every site that some rule matches.
 
         Args:
           sites: slash path -> kind (`linear`, `conv`, `embed`, `head`).
@@ -68,7 +73,7 @@ class Rules:
             if not fresh:
                 raise StructureError(_no_match(pattern, structure, hits, sites))
             chosen.update(dict.fromkeys(fresh, structure))
-        return {p: chosen.get(p, Dense()) for p in sites}
+        return chosen
 
     def __str__(self) -> str:
         return "; ".join(str(s) if p is None else f"{p} -> {s}" for p, s in self.rules)

@@ -20,6 +20,7 @@ from structmat.structures import StructureError
 from structmat.structures.errors import nearest, suggest
 from structmat.training.errors import ConfigError
 from structmat.training.methods import method_of, rule_for
+from structmat.training.switch import refuse_rule, stages
 from structmat.training.task import Task
 from structmat.training.tasks import TASKS
 
@@ -38,6 +39,7 @@ def default(task: str = "lm", model: str | None = None) -> ConfigDict:
             batch=16,  # examples per step over all devices
             accumulate=1,  # parts of a batch whose gradients are computed in turn, so that one part's activations fit
             structure="dense()",  # one structure for all linear sites, or 'regex -> structure; regex -> structure'
+            switch="",  # other structures for some sites midway, 'when: rules; when: rules': see structmat.training.switch
             method="",  # what else happens to the weights: see structmat.training.methods; '' is nothing
             optim=dict(
                 name="adamw",
@@ -109,7 +111,8 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
         built.table  # noqa: B018  traces the model, which refuses what its layers cannot hold, such as a complex product
     except StructureError as error:
         raise ConfigError("structure", config.structure, str(error)) from None
-    rule_for(config, built.table)
+    refuse_rule(config, rule_for(config, built.table))
+    stages(config, built)
     return built
 
 

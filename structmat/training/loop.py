@@ -32,6 +32,8 @@ from structmat.training.record import Record
 from structmat.training.rule import Rule
 from structmat.training.state import create_state, plan_state
 from structmat.training.step import leaf_paths, make_step
+from structmat.training.switch import refuse_rule, stages, switched, switches
+from structmat.training.switching import line, report, switch_state
 from structmat.training.task import dump_table, with_table
 
 log = logging.getLogger(__name__)
@@ -65,7 +67,8 @@ def train(
     # ---- Config: nothing is read, written or compiled before it is valid ------------------------------------------
     began = time.perf_counter()
     task = validate(config)
-    rule_for(config, task.table, rule)  # refuses two of them
+    refuse_rule(config, rule_for(config, task.table, rule))  # which refuses two of them
+    ahead = {switch.step: switch for switch in switches(config)}
     run = identity(config, rule)
     finished = workdir.claim(folder, run)
     if finished:
@@ -92,8 +95,7 @@ def train(
                     f"{source.sha256[:12]} now ({source.description}); restore it, or give another folder"
                 )
             task = with_table(task, found.extra["sites"])
-        table = task.table
-        rule = rule_for(config, table, rule)
+        rule = rule_for(config, task.table, rule)
 
         # ---- Optimiser and state: every leaf on the mesh -----------------------------------------------------------
         tx, schedule = optimizer_for(config, task)
@@ -108,7 +110,8 @@ def train(
             log.info("%s: resumed from step %d", folder, start)
         extra = {
             "config": json.loads(config.to_json()),
-            "sites": dump_table(table),
+            "sites": dump_table(task.table),
+            "switches": restored.extra["switches"] if restored else [],
             "data_hash": source.sha256,
             "versions": versions(),
             "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
@@ -177,6 +180,24 @@ def train(
             if step - 1 == first_profiled:
                 trace.enter_context(jax.profiler.trace(str(Path(folder) / "profile")))
             batch = shard_batch(mesh, source.batch(step - 1, rows), config.batch)
+
+            # ---- Switch: other structures from this step on; checkpoints of the step before know nothing of it -----
+            if step - 1 in ahead:
+                if pending is not None:
+                    process(*pending)
+                    pending = None
+                with progress.beside():
+                    before, task = task, switched(task, ahead[step - 1])
+                    tx, schedule = optimizer_for(config, task)
+                    template = plan_state(task, tx, rule, mesh)
+                    state, changes = switch_state(config, before, task, template, state, batch)
+                    step_fn = compile_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
+                row = report(step - 1, before, task, changes) | {"step_seconds": _median(seconds)}
+                log.info("%s: %s", name, line(row))
+                extra |= {"sites": dump_table(task.table), "switches": [*extra["switches"], row]}
+                eval_step, paths, seconds, done_at = make_eval_step(task, mesh), leaf_paths(template.params), [], None
+                progress.step_flops = 3 * task.flops(executed=True) * task.units
+
             state, metrics = step_fn(state, batch)
             if pending is not None:
                 process(*pending)
@@ -212,7 +233,7 @@ def train(
             name=name,
             kind="train",
             config=json.loads(config.to_json()),
-            structures={path: site.bound.structure for path, site in table.items()},
+            structures={path: site.bound.structure for path, site in task.table.items()},
             seed=config.seed,
             data_hash=source.sha256,
             seconds=time.perf_counter() - began,
@@ -225,13 +246,14 @@ def train(
                 "method": str(method_of(config) or ""),
                 "unit": task.unit,
                 "units_per_step": task.units,
-                "step_seconds": statistics.median(seconds) if seconds else None,
+                "step_seconds": _median(seconds),
                 "step_bytes": describe(step_fn, mesh).bytes,
                 "params": task.params,
-                "site_params": sum(site.bound.params for site in table.values()),
-                "dense_site_params": sum(site.bound.d_in * site.bound.d_out for site in table.values()),
+                "site_params": sum(site.bound.params for site in task.table.values()),
+                "dense_site_params": sum(site.bound.d_in * site.bound.d_out for site in task.table.values()),
                 "flops_per_unit": task.flops(),
                 "skipped": int(state.skips[1]),
+                "switches": extra["switches"],
                 "data": source.description,
             },
         )
@@ -241,21 +263,29 @@ def train(
 
 
 def dry_run(config: ConfigDict, console: Console, rule: Rule | None = None) -> None:
-    """Print what `train` would train: sites, sharding, optimiser bytes, FLOPs, memory of the compiled step.
+    """Print what `train` would train: sites, sharding, optimiser bytes, FLOPs, memory of the compiled step; of each stage.
 
     Raises:
       ConfigError: the config is not valid.
     """
-    task = validate(config)
-    rule = rule_for(config, task.table, rule)
+    first = validate(config)
+    rule = rule_for(config, first.table, rule)
+    refuse_rule(config, rule)
     mesh = make_mesh(config.mesh.to_dict())
     with on_mesh(mesh):
-        tx, schedule = optimizer_for(config, task)
-        template = plan_state(task, tx, rule, mesh)
-        overview.show_sites(task, template, console)
-        console.print(f"method: {method_of(config) or 'none'}")
-        compiled = compile_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
-    overview.show_cost(task, template, compiled, mesh, console)
+        for taken, task in stages(config, first):
+            if config.switch:
+                console.print(f"from step {taken + 1} of {config.steps}", style="bold")
+            tx, schedule = optimizer_for(config, task)
+            template = plan_state(task, tx, rule, mesh)
+            overview.show_sites(task, template, console)
+            console.print(f"method: {method_of(config) or 'none'}")
+            compiled = compile_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
+            overview.show_cost(task, template, compiled, mesh, console)
+
+
+def _median(seconds: list[float]) -> float | None:
+    return statistics.median(seconds) if seconds else None
 
 
 @contextlib.contextmanager

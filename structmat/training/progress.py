@@ -115,7 +115,7 @@ class ProgressLine:
       label: the run's name.
       total, start: last step and the step resumed from.
       per_step, unit: how many tokens or examples one step sees.
-      step_flops: model FLOPs of one step, None if unknown; shown as GFLOP/s.
+      step_flops: model FLOPs of one step, None if unknown; shown as GFLOP/s. An attribute, for a model that changes.
       peak_flops: FLOP/s of all devices together, None if unknown (a CPU); adds the utilisation.
       runs: the outer loop, `begin` already called.
       interval: seconds between log lines.
@@ -139,7 +139,7 @@ class ProgressLine:
         self.meter = Meter(total, start, clock)
         self._label = f"[{runs.index}/{runs.count}] {label}" if runs else label
         self._per_step, self._unit, self._runs = per_step, unit, runs
-        self._step_flops, self._peak_flops = step_flops, peak_flops
+        self.step_flops, self._peak_flops = step_flops, peak_flops
         self._stream = stream if stream is not None else sys.stderr
         self._interval, self._clock, self._shown = interval, clock, -float("inf")
         self._shows = jax.process_index() == 0
@@ -191,8 +191,8 @@ class ProgressLine:
         seconds = rates.step_seconds
         if seconds:
             parts += [f"{_duration_ms(seconds)}/step", f"{_short(self._per_step / seconds)} {self._unit}/s"]
-            if self._step_flops is not None:
-                achieved = self._step_flops / seconds
+            if self.step_flops is not None:
+                achieved = self.step_flops / seconds
                 parts.append(f"{achieved / 1e9:.3g} GFLOP/s")
                 if self._peak_flops is not None:
                     parts.append(f"{achieved / self._peak_flops:.0%} of peak")

@@ -12,7 +12,7 @@ import optax
 from structmat.training.accumulate import mean_over_parts
 from structmat.training.rule import Rule, dense_gradients
 from structmat.training.state import TrainState, variables_of
-from structmat.training.task import Batch, Task
+from structmat.training.task import Batch, Task, Variables
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 DROPOUT, RULE = 0, 1
@@ -35,28 +35,16 @@ def make_step(
     """
     table = task.table
 
-    def loss(variables: Any, dropout: jax.Array, number: Any, part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Of one part of a batch, each with its own dropout."""
-        key = jax.random.fold_in(dropout, number) if task.accumulate > 1 else dropout
-        return task.loss(task.model, variables, part, key, True)
-
     def whole_loss(variables: Any, dropout: jax.Array, batch: Batch) -> jax.Array:
         """The mean loss; its gradient computes each part again instead of keeping all activations."""
-        of_part = lambda number, part: loss(variables, dropout, number, part)
+        of_part = lambda number, part: _loss(task, variables, dropout, number, part)
         of_part = jax.checkpoint(of_part) if task.accumulate > 1 else of_part
         return mean_over_parts(of_part, batch, task.accumulate)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = step_key(seed, state.step)
         dropout = jax.random.fold_in(key, DROPOUT)
-
-        def gradients(number: Any, part: Batch) -> tuple[Any, dict[str, jax.Array]]:
-            by_params = lambda p: loss({"params": p, "frozen": state.frozen}, dropout, number, part)
-            (value, metrics), grads = jax.value_and_grad(by_params, has_aux=True)(state.params)
-            return (value, grads), metrics
-
-        (value, grads), metrics = mean_over_parts(gradients, batch, task.accumulate)
-        grads = jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, grads)
+        value, grads, metrics = gradients(task, variables_of(state), batch, dropout)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_sq, update_sq = _squares(grads), _squares(updates)
         ok = jnp.isfinite(value) & jnp.isfinite(grad_sq).all() & jnp.isfinite(update_sq).all()
@@ -95,6 +83,34 @@ def make_step(
         return new, metrics
 
     return step
+
+
+def step_key(seed: int, step: jax.Array | int) -> jax.Array:
+    """The randomness of the step after `step` steps."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def gradients(
+    task: Task, variables: Variables, batch: Batch, dropout: jax.Array
+) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+    """Mean loss of a batch, its gradient by `params` as optax takes it (complex ones conjugated), and metrics with `count`;
+    over `task.accumulate` parts of the batch in turn."""
+
+    def of_part(number: Any, part: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        by_params = lambda p: _loss(task, {**variables, "params": p}, dropout, number, part)
+        (value, metrics), grads = jax.value_and_grad(by_params, has_aux=True)(variables["params"])
+        return (value, grads), metrics
+
+    (value, grads), metrics = mean_over_parts(of_part, batch, task.accumulate)
+    return value, jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, grads), metrics
+
+
+def _loss(
+    task: Task, variables: Variables, dropout: jax.Array, number: Any, part: Batch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Of one part of a batch, each with its own dropout."""
+    key = jax.random.fold_in(dropout, number) if task.accumulate > 1 else dropout
+    return task.loss(task.model, variables, part, key, True)
 
 
 def leaf_paths(params: Any) -> list[str]:

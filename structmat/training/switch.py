@@ -1,0 +1,109 @@
+"""The field `switch`: which sites get other structures in the middle of a run, and when."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from structmat.structures import Rules, StructureError
+from structmat.surgery import reassign
+from structmat.training.errors import ConfigError
+from structmat.training.task import Task
+
+_STAGE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*:(.*)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """After `step` steps the sites that `rules` match get the structures of these; the others keep theirs."""
+
+    step: int
+    rules: Rules
+
+    def __str__(self) -> str:
+        return f"{self.step}: {self.rules}"
+
+
+def switches(config: Any) -> list[Switch]:
+    """The stages of `config.switch`, ascending: `when: rules; when: rules`.
+
+    `when` is a fraction of the run below 1 or a number of whole steps; `rules` are written as in `config.structure`.
+
+    Raises:
+      ConfigError: malformed, not ascending, outside of 1 .. steps - 1, or an invalid structure or regular expression.
+    """
+    found: list[Switch] = []
+    for when, text in _split(config.switch):
+        step = round(float(when) * config.steps) if float(when) < 1 else float(when)
+        if step != int(step):
+            raise _wrong(config, f"{when} must be a fraction below 1, or whole steps", f"{round(step)} is")
+        if not 1 <= step < config.steps:
+            last = f"; the last step but one is {config.steps - 1}" if config.steps > 1 else "; one step has no middle"
+            raise _wrong(config, f"{when} is step {int(step)} of steps={config.steps}, and must be within it{last}")
+        if found and step <= found[-1].step:
+            raise _wrong(
+                config, f"{when} is step {int(step)}, and must come after step {found[-1].step} of the one before"
+            )
+        try:
+            found.append(Switch(int(step), Rules.of(text)))
+        except StructureError as error:
+            raise _wrong(config, str(error)) from None
+    if config.switch.strip() and not found:
+        raise _wrong(config, "must read 'when: rules'", "'0.9: dense()' is")
+    return found
+
+
+def switched(task: Task, switch: Switch) -> Task:
+    """The task with the structures of after the switch.
+
+    Raises:
+      StructureError: a rule matches nothing, a structure does not fit a site, or no site changes.
+    """
+    after = task.with_model(reassign(task.model, switch.rules, *task.example))
+    if all(site.bound == task.table[path].bound for path, site in after.table.items()):
+        raise StructureError(f"{switch.rules} changes no site: all that it matches are that already")
+    return after
+
+
+def refuse_rule(config: Any, rule: Any) -> None:
+    """Refuse a Rule in a run with a switch: its state has the shapes that the switch changes.
+
+    Raises:
+      ConfigError: names both.
+    """
+    if config.switch and rule is not None:
+        raise _wrong(config, f"cannot go with the rule {rule!r}, whose state belongs to the sites as they are", "'' is")
+
+
+def stages(config: Any, task: Task) -> list[tuple[int, Task]]:
+    """(steps before it, task) of every stage of a run, `task` being that of the first.
+
+    Raises:
+      ConfigError: as `switches` and `switched`.
+    """
+    found = [(0, task)]
+    for switch in switches(config):
+        try:
+            found.append((switch.step, switched(found[-1][1], switch)))
+        except StructureError as error:
+            raise _wrong(config, str(error)) from None
+    return found
+
+
+def _split(text: str) -> list[tuple[str, str]]:
+    """(when, rules) of every stage: parts between semicolons, those without `when` being further rules."""
+    found: list[tuple[str, str]] = []
+    for part in re.split(r"[;\n]", text):
+        match = _STAGE.fullmatch(part)
+        if match:
+            found.append((match[1], match[2]))
+        elif found and part.strip():
+            found[-1] = (found[-1][0], f"{found[-1][1]};{part}")
+        elif part.strip():
+            return []
+    return found
+
+
+def _wrong(config: Any, rule: str, hint: str = "") -> ConfigError:
+    return ConfigError("switch", config.switch, rule, hint)

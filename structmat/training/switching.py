@@ -1,0 +1,71 @@
+"""A switch carried out: the state of a run under way, for the same model with other structures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from structmat.optim import needs_gradient, restart
+from structmat.surgery import Change, carry_optimizer, changed_params, restructure
+from structmat.training.state import TrainState, variables_of
+from structmat.training.step import DROPOUT, gradients, step_key
+from structmat.training.task import Batch, Task
+
+SURGERY = 2
+"""Stream of randomness beside those of a step."""
+
+
+def switch_state(
+    config: Any, before: Task, after: Task, template: TrainState, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, Change]]:
+    """The state for `after` out of the one of `before`; to be called with the mesh set.
+
+    A pure function of its arguments, so that a run resumed just before a switch goes on with the same bits. Clock, skips and
+    everything that belongs to unchanged leaves stay; what the optimiser keeps of changed ones starts as
+    `structmat.optim.restart` says, with the gradient of `batch`, the one of the next step.
+
+    Args:
+      template: of the state after, from `plan_state`.
+
+    Returns:
+      The state, placed as the template says, and what became of every changed site.
+    """
+    key = jax.jit(lambda step: jax.random.fold_in(step_key(config.seed, step), SURGERY))(state.step)
+    variables, changes = restructure(before.table, after.table, variables_of(state), variables_of(template), key)
+    spec, changed = config.optim.to_dict(), changed_params(after.table, changes)
+
+    def carry(state: TrainState, variables: Any, batch: Batch) -> Any:
+        grads = variables["params"]  # of the right shapes; not read where no average of squares is kept
+        if needs_gradient(spec):
+            dropout = jax.random.fold_in(step_key(config.seed, state.step), DROPOUT)
+            _, grads, _ = gradients(after, variables, batch, dropout)
+        restarted = restart(spec, grads, state.step - state.skips[1])
+        return carry_optimizer(state.opt_state, template.opt_state, restarted, changed)
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, template.opt_state)
+    opt_state = jax.jit(carry, out_shardings=places)(state, variables, batch)
+    return state.replace(**variables, opt_state=opt_state), changes
+
+
+def report(step: int, before: Task, after: Task, changes: Mapping[str, Change]) -> dict[str, Any]:
+    """One entry of `metrics["switches"]` of a record, as JSON."""
+    return {
+        "step": step,
+        "params_before": before.params,
+        "params_after": after.params,
+        "worst_error": max(change.error for change in changes.values()),
+        "sites": {path: dataclasses.asdict(change) for path, change in changes.items()},
+    }
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A report as one line."""
+    sites = row["sites"]
+    worst = max(sites, key=lambda path: sites[path]["error"])
+    return (
+        f"step {row['step']}: {len(sites)} site{'s' * (len(sites) > 1)} switched, worst relative error {row['worst_error']:.2g} at {worst}, "
+        f"parameters {row['params_before']:,} -> {row['params_after']:,}"
+    )
