@@ -48,9 +48,7 @@ def choose(m: int, sizes: tuple[int, int, int], dtype: Any, chip: Chip) -> Choic
     """The rule: on TPU the kernel wherever it applies and there are several blocks, up to `WIDEST`.
 
     It reads strips of x and writes strips of y where they are, and makes both gradients in one pass over x and dy; XLA's
-    batched GEMMs transpose activations round every product. The compiler's cycles at n 4096 and 2048 tokens, forward and
-    backward together, kernel against XLA: 16 blocks 128 k against 180 k (v5e; memory allows 130 k) and 51 k against 95 k
-    (v6e; 76 k); 8 blocks 81 k against 116 k (v6e). Of 4 blocks the gradients: 294 k against 346 k, 88 k against 121 k.
+    batched GEMMs transpose activations round every product. results/bench/tpu_static.md has the compiler's cycles of both.
     Blocks joined to fill lanes may take half as much arithmetic again as memory allows, about what the transposes cost.
 
     Args:

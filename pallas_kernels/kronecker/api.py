@@ -18,8 +18,8 @@ from pallas_kernels.tiling import LANES, sublanes, whole_tiles
 
 OP = "kronecker"
 LEAST = 512
-"""Rows from which the kernel is faster: up to 256 XLA keeps all between its GEMMs on chip, 15 k cycles of the compiler
-against 16 k on v5e, 10 k against 12 k on v6e (32 x 32 kron 128 x 128)."""
+"""Rows from which the kernel is faster: up to 256 XLA keeps all between its GEMMs on chip, and is a little faster by the
+compiler's estimate on v5e and v6e (32 x 32 kron 128 x 128)."""
 KINDS = ("forward", "backward")
 
 
@@ -49,10 +49,7 @@ def kronecker(x: jax.Array, a: jax.Array, b: jax.Array, *, implementation: Imple
 def choose(m: int, sizes: tuple[int, int, int, int, int], dtype: Any, chip: Chip) -> Choice:
     """The rule: on TPU the kernel for minor factors in whole lanes, where it saves XLA's transposes between the GEMMs.
 
-    The compiler's cycles of forward and of all gradients with it at n 4096, 1024 tokens, one term, kernel against XLA
-    without its floor: 32 x 32 kron 128 x 128 41 k and 162 k against 61 k and 230 k (v5e), 33 k and 108 k against 40 k
-    and 133 k (v6e), 25 k and 89 k against 49 k and 148 k (v5p); 8 x 8 kron 512 x 512 59 k and 161 k against 127 k and
-    344 k (v5e), 26 k and 67 k against 67 k and 179 k (v6e).
+    results/bench/tpu_static.md has the compiler's cycles of both, at n 4096 and 1,024 tokens.
     Fewer than `LEAST` rows stay with XLA, and so does what has a bound below 1, as at n 1024 on v6e: dense itself waits
     for memory there, and XLA's operands stay on chip.
 

@@ -63,8 +63,8 @@ def choose(m: int, k: int, rank: int, grid: tuple[int, int, int, int], dtype: An
     """The rule: on TPU the kernel for ranks up to 256 wherever that of block_sparse applies beside the factors in VMEM.
 
     A pass of its own for the low-rank part reads x and the other part's y and writes y: bound by memory up to ranks near
-    the chip's ridge, 92 k cycles on v5e and 53 k on v6e at n 4096 and 2048 tokens. In one pass it adds, by the compiler's
-    cycles, 38 k and 20 k at rank 128, 74 k and 24 k at rank 256, but 151 k and 49 k at rank 512, no less than apart.
+    the chip's ridge. In one pass it adds its arithmetic alone: by the compiler's cycles at n 4096 and 2,048 tokens less
+    than half of a pass at rank 128, and at rank 512 no less than a pass (`python -m experiments.static_cycles`).
 
     Args:
       m: rows of x. k: its columns. rank: r. grid: (C, R, p, s).
