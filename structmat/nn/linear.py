@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from structmat.nn.leaves import cast, compute_dtype, declare, embed_scale
 from structmat.nn.path import choose_path
-from structmat.nn.sharded import kernel_specs, run
+from structmat.nn.sharded import kernel_specs, run, within_replica
 from structmat.nn.sites import KINDS, Kind, record
 from structmat.structures import Bound, Structure, StructureError, parse
 from structmat.structures.leaf import Axes
@@ -109,6 +109,7 @@ def product(
     specs, kernel = (None, None) if path == "dense" else kernel_specs(bound, params, x, in_axes, out_axes)
     if path == "auto":
         path, _ = choose_path(bound, math.prod(x.shape[:-1]), kernel)
+    params = within_replica(bound, params, in_axes, out_axes)
     if path == "factored":
         return run(bound, params, x, specs)
     w = bound.materialize(params)
@@ -141,7 +142,8 @@ class StructuredEmbed(nn.Module):
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise StructureError(f"embedding ids must be integers, got {ids.dtype}")
         dtype = compute_dtype(self.dtype, jnp.zeros((), self.param_dtype), self.table)
-        rows = self.bound.take(cast(self.table, dtype), ids).astype(dtype)
+        table = within_replica(self.bound, cast(self.table, dtype), self.in_axes, self.out_axes)
+        rows = self.bound.take(table, ids).astype(dtype)
         if self.has_variable(PROBE, "weight"):
             rows = rows + self.get_variable(PROBE, "weight").astype(dtype)[ids]
         return rows
@@ -149,7 +151,8 @@ class StructuredEmbed(nn.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """x `(..., features)` -> logits `(..., num_embeddings)`."""
         dtype = compute_dtype(self.dtype, x, self.table)
-        logits = self.bound.rmatmul(cast(self.table, dtype), x.astype(dtype))
+        table = within_replica(self.bound, cast(self.table, dtype), self.in_axes, self.out_axes)
+        logits = self.bound.rmatmul(table, x.astype(dtype))
         if self.has_variable(PROBE, "weight"):
             logits = logits + x.astype(dtype) @ self.get_variable(PROBE, "weight").astype(dtype).T
         return logits

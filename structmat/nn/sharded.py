@@ -11,7 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.chips import current_chip
 from pallas_kernels.dispatch import asking, partitioned
@@ -19,7 +19,8 @@ from structmat.structures import Bound
 from structmat.structures.leaf import Axes, Leaf, first_axis, map_leaves
 
 IN, OUT = "in", "out"
-
+REPLICA = "replica"
+"""The mesh axis of whole replicas on other slices (`structmat.parallel.mesh`)."""
 
 Specs = tuple[Any, PartitionSpec, PartitionSpec, tuple[str, ...]]
 """Of the leaves, of x, of y, and the mesh axes to sum over."""
@@ -57,6 +58,35 @@ def run(bound: Bound, params: Any, x: jax.Array, specs: Specs | tuple[()] | None
         return jax.lax.psum(y, summed) if summed else y
 
     return jax.shard_map(part, in_specs=(of_params, of_x), out_specs=of_y, check_vma=False)(params, x)
+
+
+def within_replica(bound: Bound, params: Any, in_axes: Axes, out_axes: Axes) -> Any:
+    """`params` gathered over the mesh axes of `batch`, before they are used; as they are on a mesh without replicas.
+
+    Left to itself the compiler may lay out weights over the replicas for a lookup or a scatter, and send them from slice to
+    slice.
+    """
+    if not _on_replicas():
+        return params
+    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    rows = _mesh_axes("batch", rules)
+
+    def place(leaf: Leaf) -> PartitionSpec:
+        names: list[tuple[str, ...]] = []
+        for axis, size in zip(leaf.axes, leaf.shape):
+            held = tuple(a for a in _mesh_axes(axis, rules) if a not in rows and a not in sum(names, ()))
+            names.append(held if size % math.prod(mesh.shape[a] for a in held) == 0 else ())
+        return PartitionSpec(*(held or None for held in names))
+
+    return jax.tree.map(
+        jax.lax.with_sharding_constraint, dict(params), map_leaves(place, bound.leaves(in_axes, out_axes))
+    )
+
+
+def _on_replicas() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
+    return REPLICA in free and bool(nn.get_logical_axis_rules())
 
 
 def site_specs(bound: Bound, shape: tuple[int, ...], in_axes: Axes, out_axes: Axes, rules: Any) -> Specs | None:

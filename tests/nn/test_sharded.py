@@ -31,9 +31,12 @@ SPLIT = {  # text -> (in axes, out axes) whose product is split over the tensor 
 }
 
 
-@pytest.mark.parametrize(("text", "axes"), [(t, a) for t, pairs in SPLIT.items() for a in pairs])
-def test_parts_equal_the_whole(text, axes):
-    """Forward and every gradient, weights split over tensor and fsdp, rows over data and fsdp."""
+PAIRS = [(t, a, "data") for t, pairs in SPLIT.items() for a in pairs]
+
+
+@pytest.mark.parametrize(("text", "axes", "first"), [*PAIRS, (*PAIRS[0][:2], "replica")])
+def test_parts_equal_the_whole(text, axes, first):
+    """Forward and every gradient, weights split over tensor and fsdp, rows over replica or data and fsdp."""
     bound = parse(text).bind(N, N)
     params = bound.init(jax.random.key(0))
     x, g = (jnp.asarray(np.random.default_rng(i).normal(size=(4, 6, N)), jnp.float32) for i in range(2))
@@ -44,9 +47,9 @@ def test_parts_equal_the_whole(text, axes):
         return y, pull(g)
 
     expected = jax.jit(lambda f, x: step(bound.matmul, f, x))(floats, x)
-    with on_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, jax.devices())):
+    with on_mesh(make_mesh({first: 2, "fsdp": 2, "tensor": 2}, jax.devices())):
         specs = sharded.site_specs(bound, x.shape, *axes, DEFAULT_RULES)
-        assert specs is not None and specs[1][0] == ("data", "fsdp")
+        assert specs is not None and specs[1][0] == (first, "fsdp")
         assert ("tensor" in str(specs[0])) == (axes != ("embed", "embed"))
         got = jax.jit(lambda f, x: step(lambda p, x: sharded.run(bound, p, x, specs), f, x))(floats, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), got, expected)
@@ -69,6 +72,23 @@ def test_sides_a_family_does_not_take_in_parts(text, axes):
         assert specs[1] == PartitionSpec(("data", "fsdp"), None) and specs[3] == ()
     else:
         assert specs is None
+
+
+def test_weights_are_whole_within_a_replica_before_use():
+    """But for the sides that tensor splits; a dimension it does not divide stays whole too. Else they are left alone."""
+    bound = parse("low_rank(rank=3)").bind(N, N + 1)
+    params = bound.init(jax.random.key(0))
+    gather = lambda p: sharded.within_replica(bound, p, "mlp", "heads")
+    assert gather(params) is params
+    for first in ("data", "replica"):
+        mesh = make_mesh({first: 2, "fsdp": 2, "tensor": 2}, jax.devices())
+        split = jax.device_put(params, {n: NamedSharding(mesh, PartitionSpec(None, None)) for n in params})
+        split["a"] = jax.device_put(params["a"], NamedSharding(mesh, PartitionSpec(None, ("tensor", "fsdp"))))
+        with on_mesh(mesh):
+            got = jax.jit(gather)(split)
+        held = {name: a.addressable_shards[0].data.shape for name, a in got.items()}
+        assert held == {"a": (3, N // (4 if first == "data" else 2)), "b": (3, N + 1)}
+        jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
 def test_a_kernel_is_not_left_to_the_compiler():

@@ -18,6 +18,7 @@ from structmat.parallel import (
     on_mesh,
     plan,
     topology_mesh,
+    traffic,
 )
 from structmat.training.build import compile_step, optimizer_for
 from structmat.training.config import default, validate
@@ -75,14 +76,42 @@ def test_meshes_of_topologies():
 def test_only_data_crosses_slices():
     mesh = topology_mesh("v5e:2x4", {"data": 4, "fsdp": 4}, num_slices=2)
     assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
-    with pytest.raises(MeshError, match="data=1 must be a multiple of the 2 slices"):
+    with pytest.raises(MeshError, match="data=1 must be a multiple of the 2 slices; nearest valid: 2x8x1 "):
         topology_mesh("v5e:2x4", {"fsdp": -1}, num_slices=2)
 
 
-def step_for(mesh, structure):
+@pytest.mark.tpu_aot
+def test_only_replica_crosses_slices():
+    mesh = topology_mesh("v5e:2x4", {"replica": 4, "data": 2, "fsdp": -1}, num_slices=2)
+    assert mesh.devices.shape == (4, 2, 2, 1)
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    for replica, words in (
+        (3, "replica=3 must be a multiple of the 6 slices; nearest valid: 6x1x4x1 "),
+        (1, "data=1 must"),
+    ):
+        with pytest.raises(MeshError, match=words):
+            topology_mesh("v5e:2x2", {"replica": replica, "fsdp": -1}, num_slices=6)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(("structure", "layers", "most"), [("dense()", 2, 1.1), ("random_sparse(density=0.1)", 1, 3)])
+def test_only_gradients_cross_slices(structure, layers, most):
+    """Of itself the compiler sends the embedding and weights that are scattered from slice to slice as well."""
+    mesh = topology_mesh("v5e:2x2", {"replica": 2, "fsdp": 2, "tensor": 2}, num_slices=2)
+    program, planned = step_for(mesh, structure, layers)
+    found = traffic(program.compiled.as_text(), mesh)
+    (across,) = [s for s in found if s.dcn]
+    assert (across.kind, across.axes, across.parts) == ("all-reduce", ("replica",), 2)
+    assert not any("replica" in s.axes for s in found if not s.dcn)
+    held = planned / 3  # of parameters and two moments
+    assert 0.9 * held < across.bytes < most * held  # in the parts a chip holds; where a product is dense, dense
+
+
+def step_for(mesh, structure, layers=2):
     config = default("lm")
     config.update(steps=8, batch=16, structure=structure)
-    config.model.update(width=256, heads=4)
+    config.model.update(width=256, heads=4, layers=layers)
+    config.mesh.update(mesh.shape)
     task = validate(config, mesh.size)
     tx, schedule = optimizer_for(config, task)
     template = plan_state(task, tx, None, mesh)

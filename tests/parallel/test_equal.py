@@ -220,7 +220,7 @@ def test_training_step_agrees_with_one_device(optimised):
 @pytest.mark.long
 def test_training_step_over_replicas_agrees_with_one_device():
     want, whole = train((1, 1, 1))
-    for shape, share in (((2, 1, 2, 2), 0.4), ((2, 2, 2, 1), 0.6)):
+    for shape, share in (((2, 1, 2, 2), 0.4), ((2, 2, 2, 1), 0.7)):
         got, part = train(shape)
         np.testing.assert_allclose(got[:, 0], want[:, 0], rtol=3e-6, err_msg=str(shape))
         np.testing.assert_allclose(got[:, 1:], want[:, 1:], rtol=1e-5, err_msg=str(shape))
