@@ -24,7 +24,9 @@ from structmat.training.record import Record
 
 flags = OwnFlags()
 TOPOLOGY = flags.DEFINE_string("topology", None, f"TPU topology to compile for, such as {EXAMPLES}")
-SLICES = flags.DEFINE_integer("slices", 1, "slices of that topology; mesh axis data crosses them", lower_bound=1)
+SLICES = flags.DEFINE_integer(
+    "slices", 1, "slices of that topology; mesh axis replica crosses them, or data", lower_bound=1
+)
 OUT = flags.DEFINE_string("out", "", "Record JSON to write, if any")
 
 
@@ -44,7 +46,9 @@ def main() -> None:
         record(found, config.to_dict(), structures).write(OUT.value)
         console.print(f"written: {OUT.value}")
     if not found.fits:
-        print("error: the step does not fit; " + "; ".join(advice(found, config.to_dict())), file=sys.stderr)
+        print(
+            "error: the step does not fit; " + "; ".join(advice(found, config.to_dict(), SLICES.value)), file=sys.stderr
+        )
         raise SystemExit(1)
 
 
@@ -77,7 +81,7 @@ def show(found: Account, console: Console) -> None:
     row("FLOPs per step", f"{model:.3g} by the structures' algorithms, {done:.3g} executed, over all devices")
     if found.fits:
         for s in found.sent:
-            over = "+".join(s.axes) or "none"
+            over = ("+".join(s.axes) or "none") + " between slices" * s.dcn
             row(f"{s.kind} over {over}", f"{s.count} per step, {gib(s.bytes)} of results, {gib(s.wire)} sent per chip")
         if not found.sent:
             row("collectives", "none")

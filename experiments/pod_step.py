@@ -233,20 +233,24 @@ def kernels(text: str) -> dict[str, int]:
     return dict(Counter(re.sub(r"\.\d+$", "", name) for name in _KERNEL.findall(text)))
 
 
-def advice(found: Account, config: Mapping[str, Any]) -> list[str]:
-    """What to change so that a step that does not fit does, most promising first."""
+def advice(found: Account, config: Mapping[str, Any], slices: int = 1) -> list[str]:
+    """What to change so that a step that does not fit on that many slices does, most promising first."""
     said = []
     shard = found.mesh["fsdp"] * found.mesh["tensor"]
+    replica, data = found.mesh.get("replica", 1), found.mesh["data"]
+    apart = 1 if replica > 1 else slices
+    most = found.devices // replica // apart
     if found.state > 0.5 * found.hbm:
         held = f"the state takes {found.state / 2**30:.1f} GiB of every chip, in {shard} parts"
         chips = math.ceil(found.state * shard / (0.6 * found.hbm))
-        if chips <= found.devices:
-            said.append(f"{held}: --config.mesh.data=1 --config.mesh.fsdp=-1 spreads it over all {found.devices}")
+        if chips <= most:
+            over = f"all {most}" if most == found.devices else f"the {most} of a replica"
+            said.append(f"{held}: --config.mesh.data={apart} --config.mesh.fsdp=-1 spreads it over {over}")
         else:
             said.append(f"{held}: it needs about {chips} chips, or fewer parameters by another --config.structure")
     if config["model"].get("remat", "none") != "full":
         said.append("--config.model.remat=full recomputes activations in the backward pass")
-    if config["batch"] > found.mesh["data"] * found.mesh["fsdp"]:
+    if config["batch"] > replica * data * found.mesh["fsdp"]:
         said.append(f"a smaller --config.batch than {config['batch']}, or more devices, makes activations fewer")
     if found.mesh["tensor"] == 1:
         said.append("--config.mesh.tensor=4 splits every product, weights and activations")

@@ -68,7 +68,18 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "task": ("vision9", "", None, 3),
 }
 """Field -> values out of range, indivisible (batch and heads on 8 devices) or unknown; fields a config lacks are left out."""
-MESHES = ({"data": 3}, {"data": 16}, {"fsdp": 3}, {"tensor": 16}, {"tensor": 0}, {"data": -1, "fsdp": -1}, {"fsdp": -2})
+MESHES = (
+    {"data": 3},
+    {"data": 16},
+    {"fsdp": 3},
+    {"tensor": 16},
+    {"tensor": 0},
+    {"data": -1, "fsdp": -1},
+    {"fsdp": -2},
+    {"replica": 3},
+    {"replica": 0},
+    {"replica": 2, "tensor": 8},
+)
 STRUCTURES = (
     *("low_rank(rank=0)", "low_rank(rank=-1)", "low_rank(rank=100000)", "low_rank(rank=2.5)", "low_rank(rank='8')"),
     *("low_rank()", "low_rank(8, 8)", "low_rank(rank=8", "spectral(rank=1000000)", "block_diagonal(blocks=7)"),

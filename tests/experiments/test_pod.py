@@ -59,6 +59,28 @@ def test_advice_names_what_helps(changes, said):
 
 
 @pytest.mark.parametrize(
+    ("mesh", "slices", "said"),
+    [
+        (
+            {"replica": 2, "data": 4, "fsdp": 2, "tensor": 1},
+            2,
+            "mesh.data=1 --config.mesh.fsdp=-1 spreads it over the 8 ",
+        ),
+        (
+            {"data": 8, "fsdp": 2, "tensor": 1},
+            2,
+            "mesh.data=2 --config.mesh.fsdp=-1 spreads it over the 8 of a replica",
+        ),
+        ({"data": 4, "fsdp": 4, "tensor": 1}, 4, "needs about 5 chips"),
+        ({"data": 8, "fsdp": 2, "tensor": 1}, 1, "mesh.data=1 --config.mesh.fsdp=-1 spreads it over all 16"),
+    ],
+)
+def test_advice_keeps_replicas_on_their_slices(mesh, slices, said):
+    found = some_account(devices=16, mesh=mesh, state=10 * GIB)
+    assert said in "; ".join(advice(found, default("lm").to_dict() | {"batch": 16}, slices))
+
+
+@pytest.mark.parametrize(
     ("message", "need"),
     [
         ("XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 20.5),
