@@ -80,6 +80,10 @@ class BoundSum(Bound):
     def is_complex(self) -> bool:
         return any(t.is_complex for t in self.terms)
 
+    @property
+    def is_linear(self) -> bool:
+        return all(t.is_linear for t in self.terms)
+
     def _named(self) -> list[tuple[str, Bound]]:
         return [(str(i), t) for i, t in enumerate(self.terms)]
 
@@ -292,6 +296,10 @@ class BoundProduct(Bound):
     @property
     def is_complex(self) -> bool:
         return self.a.is_complex or self.b.is_complex
+
+    @property
+    def is_linear(self) -> bool:
+        return self.a.is_linear and self.b.is_linear
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
         return self.b.matmul(params["1"], self.a.matmul(params["0"], x))

@@ -34,6 +34,8 @@ class Bound:
 
     last: ClassVar[str] = ""
     """Name of the leaf that is linear in the output: scaling it scales the matrix."""
+    is_linear: ClassVar[bool] = True
+    """Whether it is a matrix; else only `matmul`, `take` and the accounting are there."""
     exact: ClassVar[bool] = True
     """Whether `project` returns the proven optimum."""
     grams: ClassVar[Literal["none", "diagonal", "full"]] = "none"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from structmat.structures.algebra import Product
+from structmat.structures.bottleneck import Bottleneck
 from structmat.structures.elementwise import Elementwise
 from structmat.structures.fit import Fit
 from structmat.structures.masked import Masked
@@ -62,6 +63,7 @@ def _family(module: str) -> type[Structure]:
 FAMILIES: dict[str, type[Structure]] = {module: _family(module) for module in _MODULES}
 
 COMBINATORS: dict[str, type[Structure]] = {
+    "bottleneck": Bottleneck,
     "dora": Dora,
     "elementwise": Elementwise,
     "fake_quantized": FakeQuantized,

@@ -34,6 +34,10 @@ class Wrapper(Bound):
     def is_complex(self) -> bool:
         return self.inner.is_complex
 
+    @property
+    def is_linear(self) -> bool:
+        return self.inner.is_linear
+
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
         return self.inner.leaves(in_axes, out_axes, gain)
 
