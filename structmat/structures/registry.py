@@ -8,6 +8,7 @@ from structmat.structures.algebra import Product
 from structmat.structures.bottleneck import Bottleneck
 from structmat.structures.elementwise import Elementwise
 from structmat.structures.fit import Fit
+from structmat.structures.lost import Lost
 from structmat.structures.masked import Masked
 from structmat.structures.normalized import Dora, FakeQuantized, WeightNorm
 from structmat.structures.recipe import Structure
@@ -63,7 +64,6 @@ def _family(module: str) -> type[Structure]:
 FAMILIES: dict[str, type[Structure]] = {module: _family(module) for module in _MODULES}
 
 COMBINATORS: dict[str, type[Structure]] = {
-    "bottleneck": Bottleneck,
     "dora": Dora,
     "elementwise": Elementwise,
     "fake_quantized": FakeQuantized,
@@ -77,4 +77,7 @@ COMBINATORS: dict[str, type[Structure]] = {
     "weight_norm": WeightNorm,
 }
 
-CONSTRUCTORS = FAMILIES | COMBINATORS
+NONLINEAR: dict[str, type[Structure]] = {"bottleneck": Bottleneck, "lost": Lost}
+"""What stands where a matrix does, and is none."""
+
+CONSTRUCTORS = FAMILIES | COMBINATORS | NONLINEAR
