@@ -110,11 +110,12 @@ def test_scanned_layers_and_terms_of_sums_move(tmp_path):
 
 def accuracy(method, seed, folder):
     config = default("digits")
-    config.update(steps=400, batch=64, seed=seed, log_every=400, method=method)
+    config.update(steps=400, batch=64, seed=seed, log_every=400)
     config.model.width = 64
     config.optim.weight_decay = 0.0
     config.checkpoint.every = 400
     config.structure = rules_text(validate(config).table, 0.04, "erk", ("linear", "head"))
+    config.method = method
     return loop.train(config, folder / f"{method or 'static'}{seed}").metrics["heldout"]["accuracy"]
 
 
