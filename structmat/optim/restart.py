@@ -23,9 +23,10 @@ def restart(spec: Mapping[str, Any], grads: Any, count: jax.Array | int) -> dict
 
     Averages of gradients are zero: no direction is remembered. Averages of squares are what `count` updates with this one
     gradient would have left, (1 - b2^count) |g|^2, clipped as the chain clips it and 0 where it is not finite; so the
-    bias correction of the kept count is right. All zeros instead would take first steps up to (1 - b1) / sqrt(1 - b2)
-    in every entry (3.2 at b2=0.999), and an average of gradients begun at g, or a count begun anew, 1 in every entry,
-    as if there were no noise; `tests/optim/test_restart.py` compares them.
+    bias correction of the kept count is right. On a digits model that goes from Monarch to dense the largest of the first
+    ten steps is then 1.2 times the usual size, for b2=0.95 and 0.999. All zeros make it 2.1 and 3.9 times, a count begun
+    anew 4.2 and 1.9, and averages of gradients that begin at g too, as if there were no noise, 4.2 at b2=0.95
+    (`tests/optim/test_restart.py`).
 
     Args:
       spec: `config.optim`.
