@@ -78,16 +78,16 @@ def test_weights_are_whole_within_a_replica_before_use():
     """But for the sides that tensor splits; a dimension it does not divide stays whole too. Else they are left alone."""
     bound = parse("low_rank(rank=3)").bind(N, N + 1)
     params = bound.init(jax.random.key(0))
-    gather = lambda p: sharded.within_replica(bound, p, "mlp", "heads")
-    assert gather(params) is params
-    for first in ("data", "replica"):
+    held = {("data", "mlp"): N // 4, ("replica", "mlp"): N // 2, ("replica", "embed"): N}
+    for (first, side), columns in held.items():
+        gather = lambda p: sharded.within_replica(bound, p, side, "heads")  # noqa: B023
+        assert gather(params) is params
         mesh = make_mesh({first: 2, "fsdp": 2, "tensor": 2}, jax.devices())
         split = jax.device_put(params, {n: NamedSharding(mesh, PartitionSpec(None, None)) for n in params})
         split["a"] = jax.device_put(params["a"], NamedSharding(mesh, PartitionSpec(None, ("tensor", "fsdp"))))
         with on_mesh(mesh):
             got = jax.jit(gather)(split)
-        held = {name: a.addressable_shards[0].data.shape for name, a in got.items()}
-        assert held == {"a": (3, N // (4 if first == "data" else 2)), "b": (3, N + 1)}
+        assert {n: a.addressable_shards[0].data.shape for n, a in got.items()} == {"a": (3, columns), "b": (3, N + 1)}
         jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
