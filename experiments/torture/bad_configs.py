@@ -65,6 +65,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "optim.eps": (0.0, -1e-8),
     "optim.clip": (-1.0,),
     "mup.base_width": (0, -128),
+    "method": ("rigll()", "rigl(drop=2.0)", "set(every=10**9)", "set(every=10)"),
     "task": ("vision9", "", None, 3),
 }
 """Field -> values out of range, indivisible (batch and heads on 8 devices) or unknown; fields a config lacks are left out."""

@@ -73,7 +73,8 @@ def refuse_rule(config: Any, rule: Any) -> None:
       ConfigError: names both.
     """
     if config.switch and rule is not None:
-        raise _wrong(config, f"cannot go with the rule {rule!r}, whose state belongs to the sites as they are", "'' is")
+        shown = config.method or repr(rule)
+        raise _wrong(config, f"cannot go with the rule {shown}, whose state belongs to the sites as they are", "'' is")
 
 
 def stages(config: Any, task: Task) -> list[tuple[int, Task]]:
