@@ -16,7 +16,6 @@ from structmat.training.state import create_state, plan_state, variables_of
 from structmat.training.step import gradients, make_step
 from structmat.training.switch import Switch, switched
 from structmat.training.switching import switch_state
-from tests.marks import mostly_long
 from tests.training.small_runs import small_digits
 
 SPEC = dict(
@@ -114,7 +113,8 @@ def sizes_of_steps(b2):
         return {n: np.asarray(many(state.replace(opt_state=begun(f)), future)) for n, f in BEGINNINGS.items()}
 
 
-@pytest.mark.parametrize("b2", mostly_long([0.95, 0.999], [0.95]))
+@pytest.mark.long
+@pytest.mark.parametrize("b2", [0.95, 0.999])
 def test_first_steps_are_of_the_usual_size(b2):
     sizes = sizes_of_steps(b2)
     usual = float(np.mean(sizes["restart"][LATER // 2 :]))

@@ -52,7 +52,7 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("structure", mostly_long(FAMILIES, FAMILIES[:2]))
+@pytest.mark.parametrize("structure", mostly_long(FAMILIES, FAMILIES[1:2]))
 def test_made_dense_it_is_the_same_function(structure):
     model, variables = mlp(structure)
     new, dense, changes = operate(model, variables, "dense()", X)
