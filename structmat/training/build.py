@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +14,11 @@ from structmat.nn import sites
 from structmat.optim import decay_mask, make_optimizer, make_schedule, multipliers
 from structmat.parallel import batch_sharding, shard_batch, unbox
 from structmat.training.accumulate import mean_over_parts
-from structmat.training.state import TrainState, abstract_variables, variables_of
+from structmat.training.methods import rule_for
+from structmat.training.rule import Rule
+from structmat.training.state import TrainState, abstract_variables, plan_state, variables_of
 from structmat.training.step import Step
-from structmat.training.task import Batch, Source, Task, Variables, mean_metrics
+from structmat.training.task import Batch, Source, Task, Variables, mean_metrics, with_table
 
 EvalStep = Callable[[Variables, Batch], dict[str, jax.Array]]
 
@@ -29,6 +31,16 @@ def optimizer_for(config: ConfigDict, task: Task) -> tuple[optax.GradientTransfo
     spec = config.optim.to_dict()
     tx = make_optimizer(spec, scale, decay_mask(table, params), config.steps)
     return tx, make_schedule(spec, config.steps)
+
+
+def stored_plan(config: ConfigDict, task: Task, rule: Rule | None, mesh: Mesh, extra: Mapping[str, Any]) -> TrainState:
+    """The template of a checkpoint with this `extra`: steps on two sides of a switch have other structures, and shapes.
+
+    Args:
+      rule: the Rule given to `train`, if one was.
+    """
+    own = with_table(task, extra["sites"])
+    return plan_state(own, optimizer_for(config, own)[0], rule_for(config, own.table, rule), mesh)
 
 
 def compile_step(task: Task, step: Step, template: TrainState, mesh: Mesh) -> jax.stages.Compiled:

@@ -151,27 +151,29 @@ class Checkpointer:
         """The newest step that verifies, placed as `template` says; None when nothing was ever saved.
 
         Args:
-          template: the state's pytree with jax.Array or jax.ShapeDtypeStruct leaves, each with a sharding.
+          template: the state's pytree with jax.Array or jax.ShapeDtypeStruct leaves, each with a sharding; or a function
+            of a step's `extra` that returns it, where the shapes of one step are not those of another.
 
         Raises:
           CheckpointError: the newest intact step has other paths, shapes or dtypes than the template (each named), or
             steps exist and none verifies (each named with the reason).
         """
         self.wait()
-        wanted = _named_leaves(template, (jax.Array, jax.ShapeDtypeStruct))
-        for name, x in wanted.items():
-            if x.sharding is None:
-                raise ValueError(f"template leaf {name!r} has no sharding; give ShapeDtypeStruct(..., sharding=...)")
+        of_step = template if callable(template) else lambda extra: template
+        if not callable(template):
+            _wanted(template)
         _everywhere(True)
         skipped: list[tuple[int, str]] = []
         for step in reversed(self.steps()):
             found = self._verified(step, skipped)
             if found is None:
                 continue
+            own = of_step(dict(found.extra))
+            wanted = _wanted(own)
             self._check_fits(step, wanted, found)
             reason, leaves = self._load(step, wanted, found)
             if _everywhere(reason is None):
-                state = jax.tree.unflatten(jax.tree.structure(template), leaves)
+                state = jax.tree.unflatten(jax.tree.structure(own), leaves)
                 return Restored(step, dict(found.extra), tuple(skipped), state)
             skipped.append((step, reason or "another process could not read it"))
         return self._nothing(skipped)
@@ -286,6 +288,15 @@ class Checkpointer:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} can be trusted:{rows}\nrestore the files, or start in another workdir"
             )
+
+
+def _wanted(template: Any) -> dict[str, Any]:
+    """Slash path -> leaf of a template; raises ValueError naming a leaf without sharding."""
+    wanted = _named_leaves(template, (jax.Array, jax.ShapeDtypeStruct))
+    for name, x in wanted.items():
+        if x.sharding is None:
+            raise ValueError(f"template leaf {name!r} has no sharding; give ShapeDtypeStruct(..., sharding=...)")
+    return wanted
 
 
 def _named_leaves(tree: Any, types: tuple[type, ...]) -> dict[str, Any]:

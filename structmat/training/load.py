@@ -17,13 +17,12 @@ from structmat.parallel import make_mesh, on_mesh
 from structmat.structures import flatten_leaves
 from structmat.structures.rules import matching
 from structmat.training import workdir
-from structmat.training.build import optimizer_for
+from structmat.training.build import stored_plan
 from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import validate
 from structmat.training.errors import RunError
-from structmat.training.methods import rule_for
 from structmat.training.rule import Rule
-from structmat.training.state import plan_state, variables_of
+from structmat.training.state import variables_of
 from structmat.training.task import Task, with_table
 
 
@@ -57,8 +56,8 @@ def load_run(folder: str | Path, rule: Rule | None = None, devices: Sequence[jax
         config, task, _ = _newest(folder, checkpoints, len(devices))
         mesh = make_mesh(config.mesh.to_dict(), devices)
         with on_mesh(mesh):
-            tx, _ = optimizer_for(config, task)
-            restored = checkpoints.restore(plan_state(task, tx, rule_for(config, task.table, rule), mesh))
+            restored = checkpoints.restore(functools.partial(stored_plan, config, task, rule, mesh))
+    task = with_table(task, restored.extra["sites"])
     return Run(config, task, variables_of(restored.state), restored.step)
 
 

@@ -10,6 +10,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from structmat.parallel import describe, local_rows, make_mesh, on_mesh, shard_batch
 from structmat.training import overview, workdir
-from structmat.training.build import compile_step, evaluate, make_eval_step, optimizer_for
+from structmat.training.build import compile_step, evaluate, make_eval_step, optimizer_for, stored_plan
 from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import identity, profile_steps, validate
 from structmat.training.environment import peak_flops, versions
@@ -94,13 +95,14 @@ def train(
                     f"the data changed since {folder} was begun: hash {found.extra['data_hash'][:12]} there, "
                     f"{source.sha256[:12]} now ({source.description}); restore it, or give another folder"
                 )
-            task = with_table(task, found.extra["sites"])
+        restored = checkpoints.restore(partial(stored_plan, config, task, rule, mesh)) if found is not None else None
+        if restored is not None:
+            task = with_table(task, restored.extra["sites"])
         rule = rule_for(config, task.table, rule)
 
         # ---- Optimiser and state: every leaf on the mesh -----------------------------------------------------------
         tx, schedule = optimizer_for(config, task)
         template = plan_state(task, tx, rule, mesh)
-        restored = checkpoints.restore(template) if found is not None else None
         for step, reason in restored.skipped if restored else ():
             log.warning("%s: checkpoint of step %d skipped: %s", folder, step, reason)
         state = restored.state if restored else create_state(task, tx, rule, template, config.seed)

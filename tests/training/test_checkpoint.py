@@ -126,6 +126,26 @@ def test_the_saved_values_survive_donation(tmp_path):
         shutil.rmtree(tmp_path / "checkpoints" / str(i))
 
 
+def test_a_template_may_depend_on_the_step(tmp_path, monkeypatch):
+    """Steps of other shapes are fallen back on too, where only loading finds the newest one damaged."""
+    states = {size: place({"w": np.arange(size, dtype=np.float32)}, mesh((1, 1))) for size in (4, 8)}
+    with Checkpointer(tmp_path) as c:
+        for step, size in ((1, 4), (2, 8)):
+            c.save(step, states[size], {"size": size})
+    restored = restore(tmp_path, lambda extra: abstract(states[extra["size"]]))
+    assert restored.step == 2
+    assert_same_bits(restored.state, states[8])
+    load = Checkpointer._load
+    monkeypatch.setattr(
+        Checkpointer, "_load", lambda self, step, *rest: ("worn", []) if step == 2 else load(self, step, *rest)
+    )
+    restored = restore(tmp_path, lambda extra: abstract(states[extra["size"]]))
+    assert restored.step == 1 and restored.skipped == ((2, "worn"),)
+    assert_same_bits(restored.state, states[4])
+    with pytest.raises(ValueError, match="'w' has no sharding"):
+        restore(tmp_path, lambda extra: {"w": jax.ShapeDtypeStruct((extra["size"],), np.float32)})
+
+
 def test_keeps_the_newest_and_replaces_a_given_up_future(workdir, three_saves):
     states = three_saves[1]
     (workdir / "checkpoints" / "30" / "state" / "_METADATA").unlink()

@@ -2,9 +2,7 @@
 
 import io
 import itertools
-import json
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -164,10 +162,10 @@ class NoMemory:
 
 @pytest.mark.long
 def test_scanned_layers_on_a_mesh_switch_in_part_and_resume(tmp_path):
-    """Unchanged leaves and what the optimiser keeps of them pass with their bits, from one group of layers to three."""
+    """A group of two layers comes apart; what belongs to unchanged leaves passes with its bits."""
     config = small_lm(write_corpus(tmp_path / "corpus"), structure="monarch(blocks=2)")
-    config.switch = "6: layers_1/mlp/.* -> dense(); 11: layers_[02]/attn/. -> low_rank(rank=2)"
-    config.model.layers = 3
+    config.switch = "6: layers_1/mlp/.* -> dense(); layers_0/attn/. -> low_rank(rank=2)"
+    config.model.layers = 2
     config.mesh.update(data=2, fsdp=2, tensor=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     record = loop.train(config, whole)
@@ -175,10 +173,9 @@ def test_scanned_layers_on_a_mesh_switch_in_part_and_resume(tmp_path):
         loop.train(config, parts, on_step=kill_at(9))
     loop.train(config, parts)
     assert array_sums(parts) == array_sums(whole)
-    first, second = record.metrics["switches"]
-    assert sorted(first["sites"]) == ["layers_1/mlp/down", "layers_1/mlp/up"] and first["worst_error"] < 1e-5
-    assert len(second["sites"]) == 8
+    (row,) = record.metrics["switches"]
+    errors = {path: site["error"] for path, site in row["sites"].items()}
+    assert len(errors) == 6 and max(errors["layers_1/mlp/up"], errors["layers_1/mlp/down"]) < 1e-5
+    assert row["worst_error"] == max(errors.values()) == max(errors[f"layers_0/attn/{name}"] for name in "kvo") > 0.1
     losses = [row["loss"] for row in read_metrics(whole) if "loss" in row]
     assert len(losses) == 12 and losses[-1] < losses[0]
-    assert json.dumps(record.metrics["switches"])
-    assert len(jax.devices()) == 8
