@@ -3,7 +3,8 @@
     python -m experiments.train --config=configs/demo_lm.py[:argument] --workdir=DIR [--config.field=value] [--dry_run]
 
 The same command on every host of a TPU pod, or under `srun`, is one run; `experiments.launch` starts such runs.
-`--dry_run` prints parameters, sharding, FLOPs and memory of the compiled step, and touches no data and no workdir.
+`--dry_run` prints parameters, sharding, FLOPs and memory of the compiled step, of every stage where `config.switch` has
+some, and touches no data and no workdir.
 """
 
 from __future__ import annotations

@@ -51,6 +51,16 @@ def test_launch_commands_run_dry_and_their_configs_fit():
         validate(config, devices[own[1]])
 
 
+def test_switches_fit_their_configs():
+    commands = TEXT.replace("\\\n", " ")
+    written = re.findall(r"--config=configs/(\w+)\.py:?(\w*) .*--config\.switch=\"(.*)\"", commands)
+    assert len(written) >= 2
+    for name, argument, text in written:
+        config = importlib.import_module(f"configs.{name}").get_config(argument or None)
+        config.switch = text
+        validate(config, 1)
+
+
 def test_every_structure_is_explained():
     assert all(f"`{name}(" in TEXT for name in CONSTRUCTORS)
     rows = re.findall(r"^\| `(\w+)\(", TEXT, re.M)
