@@ -83,9 +83,9 @@ class MoveSupport:
     grow: Literal["random", "gradient"]
 
     @property
-    def needs_dense_gradients(self) -> bool:
-        """Only to grow by them."""
-        return self.grow == "gradient"
+    def needs_dense_gradients(self) -> tuple[str, ...]:
+        """Those of the masked sites, to grow by them."""
+        return tuple("/".join(mask.place) for mask in self.masks) if self.grow == "gradient" else ()
 
     def init(self, sites: Mapping[str, Site], state: Any) -> dict[str, Any]:
         """Nothing."""

@@ -19,10 +19,11 @@ DenseGradients = dict[str, jax.Array]
 class Rule(Protocol):
     """A pure update of the whole state; `repr` of it is part of a run's identity, so make it a frozen dataclass.
 
-    `needs_dense_gradients` asks for a second evaluation of the loss, only on the steps that are `due`.
+    `needs_dense_gradients` asks for a second evaluation of the loss, only on the steps that are `due`: True for the
+    gradients of all sites, or the array paths of those wanted, which saves the others' memory.
     """
 
-    needs_dense_gradients: bool
+    needs_dense_gradients: bool | tuple[str, ...]
 
     def init(self, sites: Mapping[str, Site], state: TrainState) -> Any:
         """Arrays the rule keeps: saved, restored, sharded and donated with the state; traceable."""
@@ -65,6 +66,14 @@ def dense_gradients(
             node = node[part]
         out["/".join(place)] = node["weight"]
     return out
+
+
+def wanted_sites(rule: Rule, sites: Mapping[str, Site]) -> dict[str, Site]:
+    """The sites whose dense gradients a rule asks for."""
+    asked = rule.needs_dense_gradients
+    if isinstance(asked, bool):
+        return dict(sites) if asked else {}
+    return {path: site for path, site in sites.items() if "/".join(array_path(path, site)) in asked}
 
 
 def dense_gradient_of(path: str, site: Site, dense_grads: DenseGradients) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from structmat.training.accumulate import mean_over_parts
-from structmat.training.rule import Rule, dense_gradients
+from structmat.training.rule import Rule, dense_gradients, wanted_sites
 from structmat.training.state import TrainState, variables_of
 from structmat.training.task import Batch, Task, Variables
 
@@ -60,8 +60,8 @@ def make_step(
 
         def act(now: TrainState) -> TrainState:
             grads = {}
-            if rule.needs_dense_gradients:
-                grads = dense_gradients(lambda v: whole_loss(v, dropout, batch), variables_of(now), table)
+            if wanted := wanted_sites(rule, table):
+                grads = dense_gradients(lambda v: whole_loss(v, dropout, batch), variables_of(now), wanted)
             return rule.update(jax.random.fold_in(key, RULE), now.step, grads, now)
 
         if rule is not None:

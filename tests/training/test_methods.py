@@ -13,6 +13,7 @@ from structmat.training.errors import ConfigError, RunError
 from structmat.training.load import load_run
 from structmat.training.methods import METHODS, method_of, rule_for
 from structmat.training.record import Record
+from structmat.training.rule import wanted_sites
 from tests.marks import mostly_long
 from tests.training.small_runs import small_digits
 from tests.training.test_loop import Killed, array_sums, compile_fast, kill_at  # noqa: F401  a fixture
@@ -76,6 +77,14 @@ def test_one_rule_is_enough(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
     table = validate(config).table
     assert rule_for(small_digits(), table, Ball()) == Ball() and rule_for(small_digits(), table) is None
+
+
+def test_only_the_gradients_that_are_read_are_computed():
+    for method, wanted in (("rigl(every=3)", {"layers_0"}), ("set(every=3)", set())):
+        config = small_digits(structure=MASKED, method=method)
+        table = validate(config).table
+        assert set(wanted_sites(rule_for(config, table), table)) == wanted < set(table)
+    assert wanted_sites(Ball(), table) == table and not wanted_sites(Ball(needs_dense_gradients=False), table)
 
 
 @pytest.mark.parametrize("method", mostly_long(["rigl(every=3)", "set(every=3)"], ["rigl(every=3)"]))
