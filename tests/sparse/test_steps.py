@@ -12,7 +12,8 @@ from structmat.training import loop
 from structmat.training.build import optimizer_for
 from structmat.training.config import default, validate
 from structmat.training.methods import rule_for
-from structmat.training.state import initial_state
+from structmat.training.rule import dense_gradients, wanted_sites
+from structmat.training.state import initial_state, variables_of
 from structmat.training.step import make_step
 from tests.training.small_runs import small_digits, small_lm
 
@@ -93,19 +94,34 @@ def test_an_update_changes_the_function_by_the_dropped_weights_alone(run):
 
 
 @pytest.mark.long
-def test_scanned_layers_and_terms_of_sums_move(tmp_path):
-    config = small_lm(tmp_path, structure=f"low_rank(rank=2) + {MASKED}", method="rigl(every=1, drop=0.5)")
+def test_terms_of_sums_in_scanned_layers_move_by_their_own_gradients(tmp_path):
+    """Beside sites in the same layers that have no mask, and whose gradients are not asked for."""
+    structure = f"layers_.*/mlp/.* -> low_rank(rank=2) + {MASKED}"
+    config = small_lm(tmp_path, structure=structure, method="rigl(every=1, drop=0.5)")
     config.model.layers = 2
     task, state, step = stepper(config)
     assert {s.stack.path.split("/")[0] for s in task.table.values() if s.stack} == {"layers_0to1"}
-    tokens = jax.random.randint(jax.random.key(0), task.batch["tokens"].shape, 0, 256)
-    after, _ = jax.jit(step)(state, {"tokens": tokens})
+    batch = {"tokens": jax.random.randint(jax.random.key(0), task.batch["tokens"].shape, 0, 256)}
+    step = jax.jit(step)
+    for _ in range(3):
+        before, (state, _) = state, step(state, batch)
     masks = lambda s: dict(jax.tree_util.tree_leaves_with_path(s.frozen))
-    assert len(masks(state)) > 3
-    for path, new in masks(after).items():
-        old = masks(state)[path]
+    assert len(masks(state)) == 2
+    for path, new in masks(state).items():
+        old = masks(before)[path]
         assert new.shape[0] == 2 and (new != old).any((1, 2)).all()
         np.testing.assert_array_equal(new.sum((1, 2)), old.sum((1, 2)))
+
+    loss = lambda variables: task.loss(task.model, variables, batch, jax.random.key(0), True)[0]
+    variables, rule = variables_of(state), rule_for(config, task.table)
+    some, every = (
+        jax.jit(lambda v, table=table: dense_gradients(loss, v, table))(variables)
+        for table in (wanted_sites(rule, task.table), task.table)
+    )
+    assert set(some) == {"layers_0to1/mlp/up", "layers_0to1/mlp/down"} < set(every)
+    for path, gradient in some.items():
+        np.testing.assert_allclose(gradient, every[path], rtol=1e-4, atol=1e-6 * float(jnp.abs(gradient).max()))
+        assert float(jnp.abs(gradient).max()) > 0
 
 
 def accuracy(method, seed, folder):
