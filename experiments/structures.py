@@ -33,7 +33,7 @@ rows, materialises, projects from a dense matrix, and counts its cost; the contr
 too. `kernel` is the operation of `pallas_kernels`, "-" where the product is left to XLA.
 
 Combined with `a + b`, `a @ b` (or `product(a, b, inner=64)`), `a * b` (elementwise), `frozen(a)`, `transpose(a)`,
-`scaled(a, s)`, `masked(a, pattern)`, `weight_norm(a)`, `dora(a)`, `fake_quantized(a, bits)`, `fit(a, params=0.3)`. A sum is
+`scaled(a, s)`, `masked(a, pattern)`, `weight_norm(a)`, `dora(a)`, `fake_quantized(a, bits)`, `rebuilt(a)`, `fit(a, params=0.3)`. A sum is
 projected by alternating minimisation: monotone, no worse than where it starts, not a proven optimum.
 `bottleneck(a, b, inner=64)` and `lost(rank=64, density=0.01)` are nonlinear: they stand where a structure does, and refuse
 to be materialised, transposed or projected.

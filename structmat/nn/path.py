@@ -59,8 +59,8 @@ def choose_path(bound: Bound, rows: int, kernel: float | None = None) -> tuple[s
 
     kernel: the efficiency of the kernels that would run the factored product, None where none would.
     """
-    if not bound.is_linear:
-        return "factored", "it is not a matrix"
+    if not bound.may_densify:
+        return "factored", f"{bound.structure.name} has no other way"
     factored = bound._flops(rows) / kernel if kernel else relative_time(bound, rows)
     dense = bound.cost(rows, path="dense").flops_executed
     path = "dense" if dense < factored else "factored"

@@ -84,6 +84,10 @@ class BoundSum(Bound):
     def is_linear(self) -> bool:
         return all(t.is_linear for t in self.terms)
 
+    @property
+    def may_densify(self) -> bool:
+        return all(t.may_densify for t in self.terms)
+
     def _named(self) -> list[tuple[str, Bound]]:
         return [(str(i), t) for i, t in enumerate(self.terms)]
 
@@ -300,6 +304,10 @@ class BoundProduct(Bound):
     @property
     def is_linear(self) -> bool:
         return self.a.is_linear and self.b.is_linear
+
+    @property
+    def may_densify(self) -> bool:
+        return self.a.may_densify and self.b.may_densify
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
         return self.b.matmul(params["1"], self.a.matmul(params["0"], x))

@@ -56,6 +56,11 @@ class Bound:
         return math.prod(self.out_shape)
 
     @property
+    def may_densify(self) -> bool:
+        """Whether a product may form the dense matrix instead, where that is faster."""
+        return self.is_linear
+
+    @property
     def is_complex(self) -> bool:
         """Whether the matrix has complex entries, and so a real input a complex output."""
         dtypes = [leaf.dtype for _, leaf in flatten_leaves(self.leaves())]

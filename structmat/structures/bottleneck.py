@@ -68,6 +68,7 @@ class BoundBottleneck(BoundProduct):
     """Bottleneck with sizes; parameters nest under `0` (a) and `1` (b)."""
 
     is_linear: ClassVar[bool] = False
+    may_densify: ClassVar[bool] = False
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
         hidden = ACTIVATIONS[self.structure.activation](self.a.matmul(params["0"], x))

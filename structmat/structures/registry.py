@@ -11,6 +11,7 @@ from structmat.structures.fit import Fit
 from structmat.structures.lost import Lost
 from structmat.structures.masked import Masked
 from structmat.structures.normalized import Dora, FakeQuantized, WeightNorm
+from structmat.structures.rebuilt import Rebuilt
 from structmat.structures.recipe import Structure
 from structmat.structures.unstructured import Unstructured
 from structmat.structures.wrappers import Frozen, Scaled, Transpose
@@ -71,6 +72,7 @@ COMBINATORS: dict[str, type[Structure]] = {
     "frozen": Frozen,
     "masked": Masked,
     "product": Product,
+    "rebuilt": Rebuilt,
     "scaled": Scaled,
     "transpose": Transpose,
     "unstructured": Unstructured,

@@ -38,6 +38,10 @@ class Wrapper(Bound):
     def is_linear(self) -> bool:
         return self.inner.is_linear
 
+    @property
+    def may_densify(self) -> bool:
+        return self.inner.may_densify
+
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
         return self.inner.leaves(in_axes, out_axes, gain)
 
