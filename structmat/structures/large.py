@@ -42,7 +42,7 @@ def free_bytes(arrays: Any) -> int | None:
     count, plus what those of them that are on the device hold already. None where neither is known."""
     leaves = jax.tree.leaves(arrays)
     placed = [a for a in leaves if isinstance(a, jax.Array)]
-    device = min(placed[0].devices(), key=lambda d: d.id) if placed else jax.local_devices()[0]
+    device = min(placed[0].sharding.addressable_devices, key=lambda d: d.id) if placed else jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
