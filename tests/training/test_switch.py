@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from structmat.training import loop
+from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import default, identity, validate
 from structmat.training.errors import ConfigError
 from structmat.training.load import load_run
@@ -135,6 +136,10 @@ def test_killed_before_at_and_after_a_switch_a_run_ends_with_the_same_bits(more,
     assert record.structures["layers_0"] == rows[-1]["sites"]["layers_0"]["new"]
     assert record.metrics["params"] == params and record.metrics["step_seconds"] > 0
     assert all(np.isfinite(row["loss"]) for row in read_metrics(parts) if "loss" in row)
+    with Checkpointer(str(parts)) as saved:
+        extra = saved.latest().extra
+    assert extra["sites"]["layers_0"]["structure"] == record.structures["layers_0"]
+    assert extra["switches"] == record.metrics["switches"]
     if more:
         assert str(load_run(parts).task.table["layers_0"].bound.structure) == record.structures["layers_0"]
         assert rows[1]["params_before"] == 1210
