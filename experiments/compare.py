@@ -75,7 +75,7 @@ class Arm:
 
 
 def make_arms(config: ConfigDict, structures: list[str]) -> list[Arm]:
-    """Check every arm: dense first, dense small second, both without a method, then the structures as given.
+    """Check every arm: dense first, dense small second, both without a method or a switch, then the structures as given.
 
     Raises:
       ConfigError: no structure is given, or one arm is not valid.
@@ -88,7 +88,7 @@ def make_arms(config: ConfigDict, structures: list[str]) -> list[Arm]:
     structures = list(structures or spec.get("structures", ()))
     if not structures:
         raise ConfigError("compare.structures", (), "nothing to compare", "--structure='fit(monarch(), params=0.3)' is")
-    plain = ConfigDict(config.to_dict() | {"method": ""})
+    plain = ConfigDict(config.to_dict() | {"method": "", "switch": ""})
     arms = [_arm("dense", plain, structure="dense()")]
     for text in dict.fromkeys(str(Rules.of(text)) for text in structures):
         if text != str(Rules.of("dense()")):

@@ -16,7 +16,8 @@ from rich.console import Console
 from experiments import cli
 from experiments.hosts import HostFlags
 from experiments.own_flags import OwnFlags
-from structmat.training.loop import dry_run, train
+from structmat.training.dry_run import dry_run
+from structmat.training.loop import train
 from structmat.training.workdir import RECORD
 
 flags = OwnFlags()

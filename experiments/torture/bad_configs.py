@@ -66,6 +66,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "optim.clip": (-1.0,),
     "mup.base_width": (0, -128),
     "method": ("rigll()", "rigl(drop=2.0)", "set(every=10**9)", "set(every=10)"),
+    "switch": ("dense()", "0.9: dnse()", "1.5: dense()", "0.9: layer -> dense()", "0.9: dense(); 0.5: dense()"),
     "task": ("vision9", "", None, 3),
 }
 """Field -> values out of range, indivisible (batch and heads on 8 devices) or unknown; fields a config lacks are left out."""

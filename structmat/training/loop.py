@@ -1,4 +1,4 @@
-"""The training loop, one function to be read from top to bottom, and the dry run that stops before it begins."""
+"""The training loop, one function to be read from top to bottom."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import contextlib
 import json
 import logging
 import math
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from structmat.parallel import describe, local_rows, make_mesh, on_mesh, shard_batch
-from structmat.training import overview, workdir
+from structmat.training import workdir
 from structmat.training.build import compile_step, evaluate, make_eval_step, optimizer_for, stored_plan
 from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import identity, profile_steps, validate
@@ -31,9 +28,10 @@ from structmat.training.metrics import MetricWriter
 from structmat.training.progress import ProgressLine, Runs
 from structmat.training.record import Record
 from structmat.training.rule import Rule
+from structmat.training.sigterm import listening_for_sigterm
 from structmat.training.state import create_state, plan_state
 from structmat.training.step import leaf_paths, make_step
-from structmat.training.switch import refuse_rule, stages, switched, switches
+from structmat.training.switch import refuse_rule, switched, switches
 from structmat.training.switching import line, report, switch_state
 from structmat.training.task import dump_table, with_table
 
@@ -81,7 +79,7 @@ def train(
     workdir.occupy(folder, run)
 
     with contextlib.ExitStack() as stack:
-        stop_asked = stack.enter_context(_listening_for_sigterm())
+        stop_asked = stack.enter_context(listening_for_sigterm())
         stack.enter_context(on_mesh(mesh))
         checkpoints = stack.enter_context(
             Checkpointer(str(folder), keep=config.checkpoint.keep, every=config.checkpoint.every)
@@ -264,45 +262,5 @@ def train(
     return record
 
 
-def dry_run(config: ConfigDict, console: Console, rule: Rule | None = None) -> None:
-    """Print what `train` would train: sites, sharding, optimiser bytes, FLOPs, memory of the compiled step; of each stage.
-
-    Raises:
-      ConfigError: the config is not valid.
-    """
-    first = validate(config)
-    rule = rule_for(config, first.table, rule)
-    refuse_rule(config, rule)
-    mesh = make_mesh(config.mesh.to_dict())
-    with on_mesh(mesh):
-        for taken, task in stages(config, first):
-            if config.switch:
-                console.print(f"from step {taken + 1} of {config.steps}", style="bold")
-            tx, schedule = optimizer_for(config, task)
-            template = plan_state(task, tx, rule, mesh)
-            overview.show_sites(task, template, console)
-            console.print(f"method: {method_of(config) or 'none'}")
-            compiled = compile_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
-            overview.show_cost(task, template, compiled, mesh, console)
-
-
 def _median(seconds: list[float]) -> float | None:
     return statistics.median(seconds) if seconds else None
-
-
-@contextlib.contextmanager
-def _listening_for_sigterm() -> Iterator[Callable[[int], bool]]:
-    """Yields (step) -> whether to save and leave, agreed among all processes."""
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked: list[int] = []
-    try:
-        old = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    except ValueError:  # only the main thread may listen
-        yield lambda step: False
-        return
-    try:
-        yield lambda step: bool(asked)
-    finally:
-        signal.signal(signal.SIGTERM, old)

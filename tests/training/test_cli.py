@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from structmat.training import loop
+from structmat.training import dry_run
 from tests.training.small_runs import small_digits, small_lm
 
 ROOT = Path(__file__).parents[2]
@@ -98,9 +98,9 @@ def test_dry_run_counts_scanned_layers_sharding_and_optimiser_bytes(tmp_path, mo
     config = small_lm(tmp_path / "missing", structure="low_rank(rank=2) + random_sparse(density=0.125)")
     config.model.layers = 2
     config.mesh.update(data=2, fsdp=2, tensor=2)
-    monkeypatch.setattr(loop, "compile_step", lambda task, step, template, mesh: NoMemory())
+    monkeypatch.setattr(dry_run, "compile_step", lambda task, step, template, mesh: NoMemory())
     out = io.StringIO()
-    loop.dry_run(config, Console(file=out, width=220))
+    dry_run.dry_run(config, Console(file=out, width=220))
     rows = {
         line.split("│")[1].strip(): [c.strip() for c in line.split("│")[1:-1]]
         for line in out.getvalue().splitlines()
@@ -122,6 +122,6 @@ class NoMemory:
 def test_dry_run_totals_are_the_parameters_of_the_run():
     out = io.StringIO()
     config = small_digits()
-    loop.dry_run(config, Console(file=out, width=160))
+    dry_run.dry_run(config, Console(file=out, width=160))
     total = 64 * 16 + 16 + 16 * 10 + 10
     assert f"{total:,}" in out.getvalue()

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from structmat.structures import FAMILIES
-from structmat.training import loop
+from structmat.training import dry_run, loop
 from structmat.training.config import differences, identity, validate
 from structmat.training.errors import ConfigError, RunError
 from structmat.training.load import load_run
@@ -116,5 +116,5 @@ def test_a_killed_run_has_the_masks_of_an_uninterrupted_one(method, tmp_path):
 @pytest.mark.long
 def test_dry_run_names_the_method():
     shown = io.StringIO()
-    loop.dry_run(small_digits(structure=MASKED, method="set(every=3)"), Console(file=shown, width=200))
+    dry_run.dry_run(small_digits(structure=MASKED, method="set(every=3)"), Console(file=shown, width=200))
     assert "method: set(every=3, drop=0.3, until=0.8)" in shown.getvalue() and "mask(" in shown.getvalue()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from structmat.training import loop
+from structmat.training import dry_run, loop
 from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import default, identity, validate
 from structmat.training.errors import ConfigError
@@ -83,7 +83,7 @@ def test_rules_and_switches_do_not_go_together(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.switch = '0.5: dense\(\)': cannot go with the rule Ball"):
         loop.train(of("0.5: dense()"), tmp_path / "run", rule=Ball())
     with pytest.raises(ConfigError, match="cannot go with the rule"):
-        loop.dry_run(of("0.5: dense()"), Console(file=io.StringIO()), rule=Ball())
+        dry_run.dry_run(of("0.5: dense()"), Console(file=io.StringIO()), rule=Ball())
     assert not (tmp_path / "run").exists()
 
 
@@ -152,9 +152,9 @@ def _restarts(seen):
 
 
 def test_the_dry_run_prints_every_stage(monkeypatch):
-    monkeypatch.setattr(loop, "compile_step", lambda task, step, template, mesh: NoMemory())
+    monkeypatch.setattr(dry_run, "compile_step", lambda task, step, template, mesh: NoMemory())
     out = io.StringIO()
-    loop.dry_run(of("0.9: dense()"), Console(file=out, width=200))
+    dry_run.dry_run(of("0.9: dense()"), Console(file=out, width=200))
     first, second = out.getvalue().split("from step 91 of 100")
     assert "from step 1 of 100" in first and "monarch(blocks=4)" in first and "monarch" not in second
     assert "3.20x" in first and "1,210" in second
