@@ -100,6 +100,7 @@ def test_planted_members_are_recovered():
             assert any(error(bound, member, key=k) < 1e-6 for k in keys)
 
 
+@pytest.mark.long
 def test_a_random_start_can_only_help():
     with jax.enable_x64(True):
         bound = Blast(8, 4).bind(64, 64)
@@ -135,6 +136,7 @@ def by_gradient(w, b, r, precondition, seed=0, steps=300):
     return float(np.linalg.norm(residual()) / np.linalg.norm(t))
 
 
+@pytest.mark.long
 def test_against_the_descent_of_the_paper():
     """No worse than 300 of its iterations; unpreconditioned it does not come near a planted member, as the paper says."""
     with jax.enable_x64(True):

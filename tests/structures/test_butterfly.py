@@ -235,6 +235,7 @@ def test_phases_of_rows_and_columns_do_not_matter():
     assert other == pytest.approx(plain, rel=0.01) and plain < 0.02
 
 
+@pytest.mark.long
 def test_a_good_start_is_refined():
     """From the neighbourhood of a member of two passes the member is found, which a cold start does not reach."""
     bound, params = drawn("butterfly(depth=2)", 16)

@@ -57,6 +57,7 @@ def pursue(t, d, count):
     return np.asarray(sc.dense_code((values, rows), d.shape[1]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "k"), [(20, 14), (12, 30)])
 def test_matching_pursuit_equals_scikit_learn(n, k):
     d, t = unit(normal(0, n, k)), normal(1, n, 50)
@@ -101,6 +102,7 @@ def test_thresholding_is_the_best_code_of_an_orthonormal_dictionary():
 # -- alternations ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_orthonormal_alternations_equal_those_of_numpy_and_never_rise(monkeypatch):
     t, k, s = normal(2, 20, 40), 8, 3
     with jax.enable_x64(True):
@@ -204,6 +206,7 @@ def test_columns_in_a_union_of_subspaces():
     assert error(own, w) < 0.6 * error(str(low.structure), w)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "m", "k", "s"), [(16, 60, 12, 3), (8, 60, 16, 2)])
 def test_error_is_no_worse_than_that_of_scikit_learn(n, m, k, s):
     w = normal(10, n, m)
@@ -231,6 +234,7 @@ def test_signs_are_fixed_and_atoms_have_unit_norm():
         assert np.all(np.take_along_axis(d, np.abs(d).argmax(0)[None], 0) > 0)
 
 
+@pytest.mark.long
 def test_a_stack_is_projected_as_its_members():
     solve, matrix = projector("dictionary(atoms=9, nonzeros=3)", 16, 24)
     stack = jnp.asarray(normal(13, 3, 16, 24), jnp.float32)

@@ -315,6 +315,7 @@ def test_least_squares_keeps_its_accuracy():
     np.testing.assert_allclose(least_squares(twice, u.T[:1].astype(np.float32)), [[0.5, 0, 0.5, 0]], atol=1e-5)
 
 
+@pytest.mark.long
 @iterative
 def test_never_worse_than_like(kind):
     tensor = np.random.default_rng(2).normal(size=(5, 6, 4)).astype(np.float32)

@@ -170,6 +170,7 @@ def test_names_and_fields_are_checked(monkeypatch):
         plan(TABLE, "gpu", Store("x", "gpu"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_is_valid_at_cpu_scale(name):
     arms = planning.arms_of(TABLES[name], "cpu")
