@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from experiments.tables import monarch
+from experiments.tables import lost, monarch, rates, rigl, sltrain
 from experiments.tables.schema import Table, TableError
 from structmat.structures.errors import suggest
 
-TABLES: dict[str, Table] = {table.name: table for table in (*monarch.TABLES,)}
+_PAPERS = (monarch, rates, sltrain, lost, rigl)
+TABLES: dict[str, Table] = {table.name: table for paper in _PAPERS for table in paper.TABLES}
 
 
 def table_of(name: str) -> Table:

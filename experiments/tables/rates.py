@@ -1,0 +1,59 @@
+"""Block tensor train: Qiu et al., "Compute Better Spent: Replacing Dense Layers with Structured Matrices", ICML 2024."""
+
+from __future__ import annotations
+
+from experiments.tables.schema import DENSE, LOW_RANK, Arm, Claim, Table
+
+CITATION = 'Qiu et al., "Compute Better Spent: Replacing Dense Layers with Structured Matrices", ICML 2024'
+STRUCTURES = {
+    "block tensor train": "fit(block_tensor_train(order='blocked'), params=0.2)",
+    "monarch": "monarch(blocks=8, order='blocked')",
+    "kronecker": "fit(kronecker(), params=0.2)",
+    "tensor train": "fit(tensor_train(), params=0.2)",
+}
+NAIVE = {"mup.enabled": False}
+
+
+def arms() -> tuple[Arm, ...]:
+    """Every structure with its own rates, and with the rate that is best for dense."""
+    aware = [Arm(name, {"structure": text}) for name, text in STRUCTURES.items()]
+    naive = [Arm(f"{name}, dense rate", {"structure": t} | NAIVE, tuned_with=DENSE) for name, t in STRUCTURES.items()]
+    return (*aware, *naive)
+
+
+RATES = Table(
+    name="structure_rates",
+    title="Structure-aware learning rates against the rate of the dense model",
+    citation=f"{CITATION}, Figure 1c",
+    bases={"cpu": "bytes"},
+    arms=arms(),
+    reference="block tensor train",
+    claims=(
+        *[
+            Claim(
+                f"{name} trains better at its own rates than at the dense one", "Figure 1c", name, f"{name}, dense rate"
+            )
+            for name in STRUCTURES
+        ],
+        Claim(
+            "block tensor train beats low rank of its size",
+            "exponents of error against FLOPs in the repository of the paper",
+            "block tensor train",
+            LOW_RANK,
+        ),
+        Claim(
+            "block tensor train beats tensor train",
+            "exponents of error against FLOPs in the repository of the paper",
+            "block tensor train",
+            "tensor train",
+        ),
+        Claim(
+            "block tensor train beats Kronecker",
+            "exponents of error against FLOPs in the repository of the paper",
+            "block tensor train",
+            "kronecker",
+        ),
+    ),
+)
+
+TABLES = (RATES,)

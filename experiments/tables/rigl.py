@@ -1,0 +1,39 @@
+"""SET and RigL: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020."""
+
+from __future__ import annotations
+
+from experiments.tables.schema import DENSE, SMALL, Arm, Claim, Table
+
+CITATION = 'Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020'
+SPARSE = "masked(dense(), unstructured(density=0.05, rescale=True), rule='plain')"
+
+DIGITS = Table(
+    name="rigl",
+    title="Sparse networks with a fixed support, a random walk of it (SET), and one led by gradients (RigL)",
+    citation=f"{CITATION}; figures of ResNet-50 at 95% sparsity (ERK, five times the steps) from the README of its code",
+    bases={"cpu": "digits"},
+    arms=(
+        Arm("static", {"structure": SPARSE}, note="5% of the entries; weights start 1/sqrt(density) larger"),
+        Arm("SET", {"structure": SPARSE, "method": "set(every=25)"}, tuned_with="static"),
+        Arm("RigL", {"structure": SPARSE, "method": "rigl(every=25)"}, tuned_with="static", paper={"resnet": 74.63}),
+        Arm(
+            "static, not rescaled",
+            {"structure": "masked(dense(), unstructured(density=0.05), rule='plain')"},
+            tuned_with="static",
+        ),
+    ),
+    reference="static",
+    columns={"resnet": "ResNet-50, ImageNet top-1, %"},
+    baselines_paper={DENSE: {"resnet": 76.8}},
+    low_rank="fit(low_rank(), params={share})",
+    claims=(
+        Claim("RigL beats SET", "the paper's comparison", "RigL", "SET"),
+        Claim("SET beats a fixed random support", "the paper's comparison", "SET", "static"),
+        Claim("RigL beats a smaller dense network", "the paper's comparison", "RigL", SMALL),
+        Claim(
+            "a fixed support is better when its weights start larger", "our ablation", "static", "static, not rescaled"
+        ),
+    ),
+)
+
+TABLES = (DIGITS,)

@@ -1,0 +1,49 @@
+"""SLTrain: Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining", 2024."""
+
+from __future__ import annotations
+
+from experiments.tables.schema import DENSE, LOW_RANK, SMALL, Arm, Claim, Table
+
+CITATION = 'Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining", NeurIPS 2024'
+SLTRAIN = "low_rank(rank=32) + random_sparse(density=0.03)"
+
+PRETRAIN = Table(
+    name="sltrain",
+    title="Low rank plus a fixed random sparse matrix, trained from scratch",
+    citation=f"{CITATION}, Table 2 (its full-rank 60M entry, as quoted in the issues of the paper's repository)",
+    bases={"cpu": "bytes"},
+    arms=(
+        Arm("sltrain", {"structure": SLTRAIN}, note="rank d/4 and 3% of the entries, as for 60M"),
+        Arm(
+            "sltrain, rebuilt",
+            {"structure": f"rebuilt({SLTRAIN})"},
+            tuned_with="sltrain",
+            note="the matrix is formed for each product and not kept, as the paper's code does",
+        ),
+        Arm("low rank, the same rank", {"structure": "low_rank(rank=32)"}, tuned_with=LOW_RANK),
+        Arm("sparse, the same entries", {"structure": "random_sparse(density=0.03)"}),
+        Arm(
+            "sltrain, 6%",
+            {"structure": "low_rank(rank=32) + random_sparse(density=0.06)"},
+            tuned_with="sltrain",
+        ),
+    ),
+    reference="sltrain",
+    columns={"c4": "LLaMA 60M, C4 perplexity"},
+    baselines_paper={DENSE: {"c4": 34.06}},
+    claims=(
+        Claim("the sparse part makes up for what low rank lacks", "Table 2", "sltrain", "low rank, the same rank"),
+        Claim("SLTrain beats low rank of its size", "our ablation", "sltrain", LOW_RANK),
+        Claim("SLTrain beats a narrower dense model of its size", "our ablation", "sltrain", SMALL),
+        Claim(
+            "low rank and sparse together beat sparse alone",
+            "the paper's motivation",
+            "sltrain",
+            "sparse, the same entries",
+        ),
+        Claim("more entries are better", "Table 7", "sltrain, 6%", "sltrain"),
+        Claim("SLTrain is at most 0.05 bits behind dense", "Table 2", "sltrain", DENSE, within=0.05),
+    ),
+)
+
+TABLES = (PRETRAIN,)
