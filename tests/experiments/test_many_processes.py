@@ -96,7 +96,7 @@ def test_two_processes_with_two_devices_are_one_with_four(whole, capfd, tmp_path
 
 
 def test_a_switch_in_two_processes_is_that_of_one(capfd, tmp_path):
-    switch = "6: dense(); 12: layers_0 -> low_rank(rank=4) + random_sparse(density=0.1)"
+    switch = "6: dense(); 12: layers_0 -> random_sparse(density=0.1)"
     fields, reports = {"mesh.data": 2, "mesh.fsdp": 2, "steps": 18, "checkpoint.every": 100}, []
     for count, devices in ((2, 2), (1, 4)):
         folder = tmp_path / str(count)
