@@ -64,7 +64,8 @@ class Account:
       state: bytes of parameters, moments and the rest of the state as planned.
       fits: whether the compiler placed the program in memory. hbm: bytes of memory it may use.
       arguments, temporaries, peak: bytes; what the program holds at most. With `fits` False, peak is what it would need.
-      model_flops: of a training step over all devices, by the structures' algorithms. flops: executed ones, with those of
+      model_flops: of a training step over all devices, by the structures' algorithms, or by the path taken where that needs
+        fewer (a sum of many Kronecker terms is multiplied as one matrix). flops: executed ones, with those of
         recomputed activations.
       sent: collectives by kind and mesh axes. kernels: Pallas kernel -> how often it occurs in the program.
       off_plan: leaves whose compiled sharding is not the planned one.
@@ -203,7 +204,7 @@ def account(step: Lowered) -> Account:
         params=task.params,
         dense_params=task.params + dense,
         state=state,
-        model_flops=float(forward * task.flops()),
+        model_flops=float(forward * min(task.flops(), task.flops(executed=True))),
         flops=float(flops),
         compute=flops / mesh.size / chip.flops,
         lower_seconds=step.seconds,

@@ -14,7 +14,7 @@ from structmat.training.record import Record
 
 COLUMNS = (
     "model", "structure", "topology", "layout", "params M", "GiB per chip", "of HBM", "state GiB", "memory saved",
-    "sent MiB", "sent less", "least ms", "MFU bound", "kernels", "compile s",
+    "sent MiB", "sent less", "least ms", "MFU bound", "kernels",
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def table(rows: list[dict[str, Any]], style: box.Box) -> Table:
             cells += [f"{r['mfu'][0]:.0%} / {r['mfu'][1]:.0%}", names or "none"]
         else:
             cells += ["does not fit", "-", "-", "-", "-"]
-        made.add_row(*head, *cells, f"{r['compile_seconds']:.0f}")
+        made.add_row(*head, *cells)
     return made
 
 
@@ -101,7 +101,7 @@ def report(rows: list[dict[str, Any]], out: Path, record: Record, example: str) 
         console.print(line, soft_wrap=True, markup=False)
     about = (
         f"jax {record.versions['jax']}, libtpu {record.versions.get('libtpu', '(unknown)')}, {record.date}, "
-        f"`{record.command}`; one row alone: `{example}`. Nothing ran: memory, sharding, collectives and kernels are those "
+        f"last call `{record.command}`; one row alone: `{example}`. Nothing ran: memory, sharding, collectives and kernels are those "
         "of the compiled program, per chip; `memory saved` and `sent less` are against dense in the same layout. `least "
         "ms` is arithmetic or HBM traffic at peak rates, whichever is longer, plus all bytes sent over the links; the MFU "
         "bound is with all communication hidden / with none. FLOPs are the structures' own."
