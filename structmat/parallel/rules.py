@@ -75,6 +75,16 @@ def spec_for(
         if at is not None:
             spec[at] = (*spec[at], STORAGE)
             used.add(STORAGE)
+        elif not whole:  # which says as much below
+            log.warning(
+                "%s: no dimension of shape %s divides by %s=%d, so every device of that axis holds it whole; a rank or "
+                "width that is a multiple of %d would be split",
+                path or "array",
+                shape,
+                STORAGE,
+                mesh.shape[STORAGE],
+                mesh.shape[STORAGE],
+            )
     for axis, wanted, missing in whole:
         if not used.issuperset(missing):
             log.warning(

@@ -103,6 +103,15 @@ def test_large_leaves_are_split_for_storage(axes, shape, spec):
     assert spec_for(make_mesh(CUBE), axes, shape) == spec
 
 
+@pytest.mark.parametrize(("shape", "said"), [((511, 1026), 1), ((512, 1024), 0), ((3, 5), 0)])
+def test_a_large_leaf_that_stays_whole_is_told(caplog, shape, said):
+    with caplog.at_level(logging.WARNING):
+        spec_for(make_mesh(CUBE), ("rank", "mlp" if shape[1] % 2 == 0 else None), shape, path="up/b")
+    assert len(caplog.messages) == said and all(
+        f"up/b: no dimension of shape {shape} divides by fsdp=2" in line for line in caplog.messages
+    )
+
+
 def test_an_fsdp_axis_of_one_device_splits_nothing():
     assert spec_for(make_mesh({"data": 4, "tensor": 2}), ("rank", "mlp"), (512, 1024)) == P(None, "tensor")
 
