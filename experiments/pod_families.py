@@ -1,6 +1,6 @@
 """Where every family's weights go on a pod: `python -m experiments.pod_families`.
 
-The training step of one block of a transformer, all of whose products have the family's structure, compiled for v5e:2x4
+The training step of one block of a transformer whose products have the family's structure, compiled for v5e:2x4
 with every mesh axis in use: the layout planned for parameters and moments beside that of the compiled program, and what
 the program sends over which axis. Rows are kept in `--out` as they finish. No TPU is needed; libtpu is.
 """
@@ -24,7 +24,7 @@ from experiments.own_flags import OwnFlags
 from experiments.pod_step import Pod, account, lower
 from experiments.rows import within
 from structmat.parallel import plan, replicated
-from structmat.structures import FAMILIES, parse
+from structmat.structures import FAMILIES, StructureError, parse
 from structmat.training.config import default
 from structmat.training.record import Record
 
@@ -54,9 +54,20 @@ def config_of(structure: str) -> ConfigDict:
 
 
 def real_families() -> dict[str, str]:
-    """Family -> its example, for those a model of real numbers takes."""
-    examples = {name: family.about.example for name, family in FAMILIES.items()}
-    return {name: text for name, text in examples.items() if not parse(text).bind(WIDTH, WIDTH).is_complex}
+    """Family -> its example as rules, for those a model of real numbers takes: of all linear sites, or of the square ones of
+    attention where a family is square."""
+    found = {}
+    for name, family in FAMILIES.items():
+        example = parse(family.about.example)
+        if example.bind(WIDTH, WIDTH).is_complex:
+            continue
+        try:
+            for shape in ((WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)):
+                example.bind(*shape)
+            found[name] = family.about.example
+        except StructureError:
+            found[name] = f".*/attn/.* -> {family.about.example}"
+    return found
 
 
 def compiled(family: str, structure: str) -> dict[str, Any]:

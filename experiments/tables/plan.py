@@ -101,14 +101,28 @@ def arms_of(table: Table, scale: str) -> tuple[tuple[Arm, ConfigDict], ...]:
     """Every arm with its config: the baselines first, sized by the table's reference arm."""
     start = base_of(scale, table.bases[scale]).make()
     own = [(arm, changed(start, arm.changes, f"table {table.name}, arm {arm.name!r}")) for arm in table.arms]
-    params = validate(next(config for arm, config in own if arm.name == table.reference)).params
+    params = _size(table, start, next(config for arm, config in own if arm.name == table.reference))
     paper = lambda name: dict(table.baselines_paper.get(name, {}))
     rows = [(Arm(DENSE, paper=paper(DENSE)), start)]
     small = dense_small(start, params)
     if small is not None and small.model.width < start.model.width:
         rows.append((Arm(SMALL, tuned_with=DENSE, paper=paper(SMALL)), small))
     rows.append((Arm(LOW_RANK, paper=paper(LOW_RANK)), of_share(start, table.low_rank, params)))
+    names = [arm.name for arm, _ in (*rows, *own)]
+    for claim in table.claims:
+        for name in (claim.better, claim.worse):
+            if name not in names:
+                raise TableError(f"table {table.name}: arm {table.reference!r} saves nothing, so there is no {name!r}")
     return (*rows, *own)
+
+
+def _size(table: Table, dense: ConfigDict, reference: ConfigDict) -> int:
+    """Parameters of the model that the baselines match."""
+    if table.share is None:
+        return validate(reference).params
+    task = validate(dense)
+    entries = sum(site.bound.d_in * site.bound.d_out for site in task.table.values() if site.kind == "linear")
+    return task.params - round((1 - table.share) * entries)
 
 
 def changed(config: ConfigDict, changes: Mapping[str, Any], place: str) -> ConfigDict:

@@ -23,9 +23,9 @@ DIGITS = Table(
         ),
     ),
     reference="static",
+    share=0.05,
     columns={"resnet": "ResNet-50, ImageNet top-1, %"},
     baselines_paper={DENSE: {"resnet": 76.8}},
-    low_rank="fit(low_rank(), params={share})",
     claims=(
         Claim("RigL beats SET", "the paper's comparison", "RigL", "SET"),
         Claim("SET beats a fixed random support", "the paper's comparison", "SET", "static"),

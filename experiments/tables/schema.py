@@ -63,7 +63,8 @@ class Table:
       name: as on the command line. title, citation: for readers.
       bases: scale -> name of a base config, see `bases`.
       arms: rows beside the baselines, in order.
-      reference: arm whose parameters `dense small` and `low rank` match.
+      reference: arm whose parameters `dense small` and `low rank` match. share: the fraction of the linear sites' entries
+        they match instead, where an arm holds zeros that count as parameters.
       claims: what is judged.
       columns: the paper's columns, in the order shown: key of `Arm.paper` -> heading.
       baselines_paper: baseline's name -> column -> the paper's figure.
@@ -81,6 +82,7 @@ class Table:
     claims: tuple[Claim, ...] = ()
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     baselines_paper: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    share: float | None = None
     low_rank: str = "fit(low_rank(), params={share})"
     remarks: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     extra: Callable[[Any], str] | None = None

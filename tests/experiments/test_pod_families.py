@@ -22,7 +22,11 @@ ROW = {
 def test_every_real_family_is_a_valid_config():
     families = real_families()
     assert set(FAMILIES) - set(families) == {"fourier"}
-    assert validate(config_of(families["low_rank"]), 8).table
+    for name in ("low_rank", "diagonal"):
+        assert validate(config_of(families[name]), 8).table
+    assert (
+        families["diagonal"] == ".*/attn/.* -> diagonal()" and families["monarch"] == FAMILIES["monarch"].about.example
+    )
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,17 @@ def test_baselines_have_no_more_parameters(monkeypatch):
         assert 0.9 * params["monarch"] < params[name] <= params["monarch"]
 
 
+def test_baselines_may_match_a_share_instead(monkeypatch):
+    monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), TINY)
+    masked = Arm("masked", {"structure": "masked(dense(), unstructured(density=0.5), rule='plain')"})
+    claim = Claim("x", "y", "masked", SMALL)
+    with pytest.raises(TableError, match="'masked' saves nothing, so there is no 'dense small'"):
+        planning.arms_of(dataclasses.replace(TABLE, arms=(masked,), reference="masked", claims=(claim,)), "cpu")
+    half = dataclasses.replace(TABLE, arms=(masked,), reference="masked", claims=(claim,), share=0.5)
+    params = {arm.name: validate(config).params for arm, config in planning.arms_of(half, "cpu")}
+    assert params["masked"] == params[DENSE] and 0.9 * (params[DENSE] - 1536) < params[SMALL] <= params[DENSE] - 1536
+
+
 def test_the_page_says_what_was_found(trained, tmp_path):
     store = Store(tmp_path, "cpu")
     run_table(TABLE, "cpu", store, tmp_path / "runs", 60)
