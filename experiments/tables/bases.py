@@ -37,7 +37,7 @@ def digits() -> ConfigDict:
     config = default("digits")
     config.update(steps=400, batch=64)
     config.model.update(width=256, layers=3)
-    config.optim.lr = 3e-3
+    config.optim.lr = 6e-3
     config.mup.base_width = 256
     return config
 

@@ -6,7 +6,7 @@ import pytest
 from rich import box
 
 from experiments import pod_families
-from experiments.pod_families import TILE, config_of, judged, real_families, report, run, table
+from experiments.pod_families import config_of, in_tiles, judged, real_families, report, run, table
 from structmat.structures import FAMILIES
 from structmat.training.config import validate
 from structmat.training.record import Record
@@ -14,7 +14,7 @@ from tests.experiments.test_pod import some_account
 
 ROW = {
     "family": "monarch", "structure": "monarch(blocks=4)", "params": 10, "leaves": 3, "whole": 800, "planned": 200,
-    "compiled": 200 + 3 * TILE, "replicated": [], "off_plan": [], "kernels": {}, "compile_seconds": 1.0,
+    "compiled": 260, "padded": 300, "replicated": [], "off_plan": [], "kernels": {}, "compile_seconds": 1.0,
     "sent": [{"kind": "all-reduce", "axes": ["data", "fsdp"], "wire": 2**20}],
 }  # fmt: skip
 
@@ -33,14 +33,19 @@ def test_every_real_family_is_a_valid_config():
     ("change", "said"),
     [
         ({}, ""),
-        ({"compiled": 199}, "take 199 bytes of a chip, planned 200"),
-        ({"compiled": 201 + 3 * TILE}, "planned 200"),
+        ({"compiled": 199}, "take 199 bytes of a chip, planned 200 to 300"),
+        ({"compiled": 301}, "planned 200 to 300"),
         ({"replicated": ["params/a"]}, "params/a is whole on every chip"),
         ({"off_plan": ["params/b"]}, "params/b is laid out otherwise"),
     ],
 )
 def test_rows_are_judged(change, said):
     assert said in judged(ROW | change) and bool(judged(ROW | change)) == bool(said)
+
+
+def test_arrays_in_tiles():
+    sizes = {(): 1024, (1025,): 2048, (8, 128): 1024, (9, 1): 2048, (3, 4, 200): 3 * 8 * 256}
+    assert {shape: in_tiles(shape) for shape in sizes} == sizes
 
 
 def test_rows_are_kept_and_the_table_says_what_left_its_plan(monkeypatch, tmp_path, capsys):
