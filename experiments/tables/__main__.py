@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,8 +97,6 @@ def run(tables: Sequence[Table]) -> None:
         if todo and not execute(todo[0], store, folder, budget):
             print("stopped when the time was up; run again to go on")
         return
-    import time
-
     until = time.monotonic() + budget
     for table in tables:
         if not run_table(table, SCALE.value, store, folder, until - time.monotonic()):

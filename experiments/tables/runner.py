@@ -16,7 +16,6 @@ from experiments.tables.plan import Run, data_hash, plan
 from experiments.tables.schema import Table
 from experiments.tables.store import Store
 from structmat.structures import Rules
-from structmat.training import workdir
 from structmat.training.errors import Interrupted, RunError
 from structmat.training.loop import train
 from structmat.training.record import Record
@@ -95,13 +94,3 @@ def _stopped_after(seconds: float) -> Iterator[None]:
     finally:
         timer.cancel()
         signal.signal(signal.SIGTERM, old)
-
-
-def workdir_of(run: Run, scale: str, folder: Path) -> Path:
-    """Where a run under way is kept."""
-    return folder / scale / run.key
-
-
-def unfinished(folder: Path, scale: str) -> list[str]:
-    """Keys of runs that were begun and have not ended."""
-    return sorted(path.parent.name for path in (folder / scale).glob(f"*/{workdir.RUN}"))
