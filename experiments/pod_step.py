@@ -204,7 +204,7 @@ def account(step: Lowered) -> Account:
         params=task.params,
         dense_params=task.params + dense,
         state=state,
-        model_flops=float(forward * min(task.flops(), task.flops(executed=True))),
+        model_flops=float(forward * useful_flops(task)),
         flops=float(flops),
         compute=flops / mesh.size / chip.flops,
         lower_seconds=step.seconds,
@@ -212,6 +212,11 @@ def account(step: Lowered) -> Account:
         program=step.program,
         **facts,
     )
+
+
+def useful_flops(task: Task) -> int:
+    """FLOPs of a forward pass per unit, by the structures' algorithms or by the paths taken, whichever are fewer."""
+    return min(task.flops(), task.flops(executed=True))
 
 
 def too_large(message: str, state: int) -> tuple[int, int]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.pod_step import Account, advice, kernels, too_large
+from experiments.pod_step import Account, advice, kernels, too_large, useful_flops
 from structmat.parallel import Sent
-from structmat.training.config import default
+from structmat.training.config import default, validate
 from structmat.training.record import Record
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +34,16 @@ def test_bounds_of_utilisation():
     )  # a third more FLOPs than the model's; 1 s beside 2
     assert some_account(fits=True, network=4.0).mfu == pytest.approx((0.375, 0.25))
     assert some_account().mfu is None  # what it would send is unknown
+
+
+@pytest.mark.parametrize(("structure", "fewer"), [("kronecker(terms=64)", "executed"), ("low_rank(rank=8)", "same")])
+def test_useful_flops_are_no_more_than_those_of_the_path_taken(structure, fewer):
+    """A sum of many Kronecker terms is multiplied as one matrix, with fewer FLOPs than by its algorithm."""
+    config = default("lm")
+    config.structure = structure
+    task = validate(config, 1)
+    assert (task.flops(executed=True) < task.flops()) == (fewer == "executed")
+    assert useful_flops(task) == task.flops(executed=True)
 
 
 def test_rows_are_json():

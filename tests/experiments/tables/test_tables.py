@@ -8,7 +8,7 @@ import pytest
 from experiments.tables import bases, report, runner
 from experiments.tables import plan as planning
 from experiments.tables.bases import Base
-from experiments.tables.plan import TUNE_SEED, key_of, plan
+from experiments.tables.plan import TUNE_SEED, Run, best_rate, key_of, plan
 from experiments.tables.registry import TABLES, table_of
 from experiments.tables.results import results_of
 from experiments.tables.runner import missing, run_table
@@ -83,6 +83,19 @@ def test_rates_first_then_every_seed_each_once(trained, tmp_path):
     found = plan(TABLE, "cpu", store)
     assert {row.rate for row in found.rows} == {1.0} and found.complete()  # the other rate diverged
     assert found.row("monarch, decayed").runs[0].config.optim.weight_decay == 0.3
+
+
+@pytest.mark.parametrize(("lower", "best"), [(True, 1.0), (False, 2.0)])
+def test_the_rate_is_that_of_the_best_trial(tmp_path, lower, best):
+    store, trials = Store(tmp_path, "cpu"), []
+    for key, loss in (("a", 0.5), ("b", 0.3), ("c", 0.9)):
+        trials.append(Run(key, key, small()))
+        record = {"heldout": {"loss": loss}}
+        store.write(key, Record.create(name=key, kind="train", config={}, structures={}, seed=0, data_hash="d",
+                                       seconds=1.0, metrics=record))  # fmt: skip
+    base = dataclasses.replace(TINY, lower=lower, rates=(0.5, 1.0, 2.0))
+    assert best_rate(tuple(trials), base, store) == best
+    assert best_rate((*trials[:2], Run("d", "d", small())), base, store) is None
 
 
 def test_baselines_have_no_more_parameters(monkeypatch):
