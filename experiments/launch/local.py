@@ -24,6 +24,7 @@ from typing import IO
 
 from experiments.launch import command_line
 from experiments.own_flags import OwnFlags
+from structmat.parallel.distributed import LOST
 from structmat.parallel.hosts import COORDINATOR, COUNT, INDEX, roll_call_port
 
 flags = OwnFlags()
@@ -38,7 +39,10 @@ USAGE = 2  # exit code of a command that was asked for something impossible: sta
 
 
 def launch(command: list[str]) -> int:
-    """Run the command; the exit code is 0 if every process ended so, else that of the first that did not."""
+    """Run the command; the exit code is 0 if every process ended so, else that of the first that did not.
+
+    A process that left because another was gone (`LOST`) counts only where no other ended badly.
+    """
     count = command_line.in_range("processes", PROCESSES.value, 1, 64)
     devices = command_line.in_range("devices", DEVICES.value, 1, 64)
     restarts = command_line.in_range("restarts", RESTARTS.value, 0, 1000)
@@ -155,7 +159,7 @@ class Job:
 
     def _wait(self) -> int:
         """Until all have ended; after a first bad end the others get `grace` seconds."""
-        code, until = 0, float("inf")
+        code, until, ours = 0, float("inf"), False
         running = dict(enumerate(self.children))
         while running:
             for i in [i for i, child in running.items() if child.poll() is not None]:
@@ -165,11 +169,13 @@ class Job:
                     rest = f"; {len(running)} more have {self._grace:g} s to leave" if running else ""
                     self.say(f"process {i} of {self._count} {ending(ended)}{rest}")
                 elif ended and ended != code:
+                    if code == LOST and not ours:  # a survivor can be reaped before the process it lost
+                        code = ended
                     self.say(f"process {i} of {self._count} {ending(ended)}")
             if running and time.monotonic() > until:
                 self.say(f"process {', '.join(map(str, running))} did not leave and is killed")
                 self._kill()
-                until = float("inf")
+                until, ours = float("inf"), True
             time.sleep(0.05)
         return code if code >= 0 else 128 - code
 

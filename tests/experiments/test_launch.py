@@ -209,6 +209,16 @@ def test_local_processes_are_prefixed_named_and_ended(monkeypatch):
     assert "process 0 did not leave and is killed" in said and "Gloo" not in said
 
 
+@pytest.mark.parametrize(("grace", "wanted"), [(30, 128 + 9), (0.2, local.LOST)])
+def test_a_survivor_that_ends_first_does_not_hide_the_process_it_lost(grace, wanted, capfd):
+    code = (
+        "import os, signal, sys, time; os.environ['STRUCTMAT_PROCESS'] == '0' and sys.exit(75)\n"
+        "time.sleep(1.5); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert local.Job([sys.executable, "-c", code], 2, 1, grace=grace).run() == wanted
+    assert "process 0 of 2 ended with exit code 75" in capfd.readouterr().err
+
+
 def test_a_launcher_answers_mistakes_in_one_line():
     command = [sys.executable, "-m", "experiments.launch.slurm", "--tiem=1", "--", "x"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
