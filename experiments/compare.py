@@ -35,7 +35,7 @@ from structmat.analysis.timing import interleaved
 from structmat.parallel import make_mesh, on_mesh, shard_batch
 from structmat.structures import Rules, parse
 from structmat.training import workdir
-from structmat.training.build import compile_step, optimizer_for
+from structmat.training.build import compile_step, optimizer_for, step_for
 from structmat.training.config import identity, validate
 from structmat.training.errors import ConfigError, RunError
 from structmat.training.loop import train
@@ -43,7 +43,6 @@ from structmat.training.methods import rule_for
 from structmat.training.progress import Runs
 from structmat.training.record import Record, same_data
 from structmat.training.state import create_state, plan_state
-from structmat.training.step import make_step
 from structmat.training.task import Task
 
 flags = OwnFlags()
@@ -121,7 +120,7 @@ def step_seconds(arms: list[Arm], repeats: int) -> list[float]:
             tx, schedule = optimizer_for(arm.config, arm.task)
             rule = rule_for(arm.config, arm.task.table)
             template = plan_state(arm.task, tx, rule, mesh)
-            step = make_step(arm.task, tx, rule, schedule, arm.config.seed)
+            step = step_for(arm.config, arm.task, tx, rule, schedule)
             compiled = compile_step(arm.task, step, template, mesh)
             shapes = arm.task.batch.items()
             batch = shard_batch(mesh, {n: np.zeros(s.shape, s.dtype) for n, s in shapes}, arm.config.batch)

@@ -30,11 +30,10 @@ from structmat.parallel import (
     traffic,
 )
 from structmat.parallel.traffic import seconds
-from structmat.training.build import lower_step, optimizer_for
+from structmat.training.build import lower_step, optimizer_for, step_for
 from structmat.training.config import validate
 from structmat.training.methods import rule_for
 from structmat.training.state import plan_state
-from structmat.training.step import make_step
 from structmat.training.task import Task
 
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.I)
@@ -145,7 +144,7 @@ def lower(config: ConfigDict, pod: Pod) -> Lowered:
     rule = rule_for(config, task.table)
     template = plan_state(task, tx, rule, mesh)
     with on_mesh(mesh):
-        lowered = lower_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
+        lowered = lower_step(task, step_for(config, task, tx, rule, schedule), template, mesh)
     text = "\n".join([str(pod), importlib.metadata.version("libtpu"), lowered.as_text()])
     program = hashlib.sha256(text.encode()).hexdigest()[:16]
     chip = chip_of(device.device_kind, device.platform, device.num_cores or 1)

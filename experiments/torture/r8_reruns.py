@@ -13,10 +13,9 @@ from experiments.torture.children import results
 from experiments.torture.figures import Trial, figure
 from experiments.torture.runs import Drift, Tiny, examples
 from structmat.parallel import make_mesh, on_mesh, shard_batch
-from structmat.training.build import compile_step, optimizer_for
+from structmat.training.build import compile_step, optimizer_for, step_for
 from structmat.training.config import validate
 from structmat.training.state import create_state, plan_state
-from structmat.training.step import make_step
 
 SUM = "low_rank(rank=4) + random_sparse(density=0.1)"
 
@@ -31,7 +30,7 @@ def digest_of(tiny: Tiny) -> str:
         tx, schedule = optimizer_for(config, task)
         template = plan_state(task, tx, rule, mesh)
         state = create_state(task, tx, rule, template, config.seed)
-        step_fn = compile_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
+        step_fn = compile_step(task, step_for(config, task, tx, rule, schedule), template, mesh)
         for step in range(config.steps):
             state, metrics = step_fn(state, shard_batch(mesh, source.batch(step, None)))
             for leaf in jax.tree.leaves(metrics):

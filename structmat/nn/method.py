@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
 
 from structmat.nn.sites import Site
 from structmat.structures.named import Named
+
+View = Callable[[Any, jax.Array, jax.Array], Any]
+Penalty = Callable[[Mapping[str, Any], jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Method(Named):
     """Static choices with a text form, such as `rigl(every=100, drop=0.3, until=0.8)`; its hooks say what it changes.
 
-    A hook is asked for with the sites of the model that is trained, and returns what a run uses in that place.
+    A hook is asked for with the sites of the model that is trained and the steps of the whole run, and returns what a run
+    uses in that place, or None for nothing. Each may raise a StructureError where no site is one the method acts on, or it
+    would never act, that names what would be valid.
     """
 
     def rule(self, sites: Mapping[str, Site], steps: int) -> Any:
-        """What acts on the state after the optimiser, as `structmat.training.rule.Rule` describes.
+        """What acts on the state after the optimiser, as `structmat.training.rule.Rule` describes."""
+        return None
 
-        Args:
-          sites: of the model.
-          steps: of the whole run.
+    def view(self, sites: Mapping[str, Site], steps: int) -> View | None:
+        """(frozen leaves, key, step) -> the frozen leaves that the training loss sees on this step; evaluation sees the
+        state's own. `step` counts from 0."""
+        return None
 
-        Raises:
-          StructureError: no site is one the method acts on, or it would never act; names what would be valid.
-        """
-        raise TypeError(f"{type(self).__name__} does not define rule")
+    def penalty(self, sites: Mapping[str, Site], steps: int) -> Penalty | None:
+        """(variables, step) -> f32 (), whose gradient by `params` is added to that of the loss. `step` counts from 0."""
+        return None
+
+    def link(self, sites: Mapping[str, Site], steps: int) -> Any:
+        """An optax transformation of the updates, after all others."""
+        return None

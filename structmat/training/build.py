@@ -14,10 +14,10 @@ from structmat.nn import sites
 from structmat.optim import decay_mask, make_optimizer, make_schedule, multipliers
 from structmat.parallel import batch_sharding, shard_batch, unbox
 from structmat.training.accumulate import mean_over_parts
-from structmat.training.methods import rule_for
+from structmat.training.methods import hook, rule_for, without_method
 from structmat.training.rule import Rule
 from structmat.training.state import TrainState, abstract_variables, plan_state, variables_of
-from structmat.training.step import Step
+from structmat.training.step import Step, make_step
 from structmat.training.task import Batch, Source, Task, Variables, mean_metrics, with_table
 
 EvalStep = Callable[[Variables, Batch], dict[str, jax.Array]]
@@ -30,7 +30,16 @@ def optimizer_for(config: ConfigDict, task: Task) -> tuple[optax.GradientTransfo
     scale = multipliers(table, sites(task.base, *task.example), params) if config.mup.enabled else None
     spec = config.optim.to_dict()
     tx = make_optimizer(spec, scale, decay_mask(table, params), config.steps)
-    return tx, make_schedule(spec, config.steps)
+    link = hook(config, "link", table)
+    return tx if link is None else optax.chain(tx, link), make_schedule(spec, config.steps)
+
+
+def step_for(
+    config: ConfigDict, task: Task, tx: optax.GradientTransformation, rule: Rule | None, schedule: optax.Schedule
+) -> Step:
+    """The step of a run, with what its method brings."""
+    view, penalty = hook(config, "view", task.table), hook(config, "penalty", task.table)
+    return make_step(task, tx, rule, schedule, config.seed, view, penalty)
 
 
 def stored_plan(config: ConfigDict, task: Task, rule: Rule | None, mesh: Mesh, extra: Mapping[str, Any]) -> TrainState:
@@ -40,7 +49,14 @@ def stored_plan(config: ConfigDict, task: Task, rule: Rule | None, mesh: Mesh, e
       rule: the Rule given to `train`, if one was.
     """
     own = with_table(task, extra["sites"])
+    config, rule = as_ended(config, rule, extra)
     return plan_state(own, optimizer_for(config, own)[0], rule_for(config, own.table, rule), mesh)
+
+
+def as_ended(config: ConfigDict, rule: Rule | None, extra: Mapping[str, Any]) -> tuple[ConfigDict, Rule | None]:
+    """The config and rule that go with a checkpoint: those of training end with a switch after the last step."""
+    stages = extra["switches"]
+    return (without_method(config), None) if stages and stages[-1]["step"] == config.steps else (config, rule)
 
 
 def compile_step(task: Task, step: Step, template: TrainState, mesh: Mesh) -> jax.stages.Compiled:

@@ -19,7 +19,7 @@ from structmat.parallel.mesh import mesh_shape
 from structmat.structures import StructureError
 from structmat.structures.errors import nearest, suggest
 from structmat.training.errors import ConfigError
-from structmat.training.methods import method_of, rule_for
+from structmat.training.methods import hook, method_of, rule_for
 from structmat.training.switch import refuse_rule, stages
 from structmat.training.task import Task
 from structmat.training.tasks import TASKS
@@ -112,6 +112,8 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
     except StructureError as error:
         raise ConfigError("structure", config.structure, str(error)) from None
     refuse_rule(config, rule_for(config, built.table))
+    for name in ("view", "penalty", "link"):
+        hook(config, name, built.table)
     stages(config, built)
     return built
 

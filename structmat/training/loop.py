@@ -18,19 +18,27 @@ from ml_collections import ConfigDict
 
 from structmat.parallel import describe, local_rows, make_mesh, on_mesh, shard_batch
 from structmat.training import workdir
-from structmat.training.build import compile_step, evaluate, make_eval_step, optimizer_for, stored_plan
+from structmat.training.build import (
+    as_ended,
+    compile_step,
+    evaluate,
+    make_eval_step,
+    optimizer_for,
+    step_for,
+    stored_plan,
+)
 from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import identity, profile_steps, validate
 from structmat.training.environment import peak_flops, versions
 from structmat.training.errors import Interrupted, RunError
-from structmat.training.methods import method_of, rule_for
+from structmat.training.methods import method_of, rule_for, without_method
 from structmat.training.metrics import MetricWriter
 from structmat.training.progress import ProgressLine, Runs
 from structmat.training.record import Record
 from structmat.training.rule import Rule
 from structmat.training.sigterm import listening_for_sigterm
 from structmat.training.state import create_state, plan_state
-from structmat.training.step import leaf_paths, make_step
+from structmat.training.step import leaf_paths
 from structmat.training.switch import refuse_rule, switched, switches
 from structmat.training.switching import line, report, switch_state
 from structmat.training.task import dump_table, with_table
@@ -96,10 +104,11 @@ def train(
         restored = checkpoints.restore(partial(stored_plan, config, task, rule, mesh)) if found is not None else None
         if restored is not None:
             task = with_table(task, restored.extra["sites"])
-        rule = rule_for(config, task.table, rule)
+        active, rule = as_ended(config, rule, restored.extra) if restored else (config, rule)
+        rule = rule_for(active, task.table, rule)
 
         # ---- Optimiser and state: every leaf on the mesh -----------------------------------------------------------
-        tx, schedule = optimizer_for(config, task)
+        tx, schedule = optimizer_for(active, task)
         template = plan_state(task, tx, rule, mesh)
         for step, reason in restored.skipped if restored else ():
             log.warning("%s: checkpoint of step %d skipped: %s", folder, step, reason)
@@ -131,7 +140,7 @@ def train(
                 runs=runs,
             )
         )
-        step_fn = compile_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
+        step_fn = compile_step(task, step_for(active, task, tx, rule, schedule), template, mesh)
         eval_step = make_eval_step(task, mesh)
 
         if stop_asked(start):
@@ -191,7 +200,7 @@ def train(
                     tx, schedule = optimizer_for(config, task)
                     template = plan_state(task, tx, rule, mesh)
                     state, changes = switch_state(config, before, task, template, state, batch)
-                    step_fn = compile_step(task, make_step(task, tx, rule, schedule, config.seed), template, mesh)
+                    step_fn = compile_step(task, step_for(config, task, tx, rule, schedule), template, mesh)
                 row = report(step - 1, before, task, changes) | {"step_seconds": _median(seconds)}
                 log.info("%s: %s", name, line(row))
                 extra |= {"sites": dump_table(task.table), "switches": [*extra["switches"], row]}
@@ -218,6 +227,19 @@ def train(
                         held_out = evaluate(eval_step, state, source, mesh)
                         writer.write(step, {f"heldout_{key}": value for key, value in held_out.items()})
                         log.info("%s: step %d held-out %s %.4f", name, step, task.metric, held_out[task.metric])
+
+                    # ---- Switch at the end: what was trained, projected; the checkpoint and the record have it ------
+                    if final and step in ahead:
+                        before, task = task, switched(task, ahead[step])
+                        active = without_method(config)
+                        template = plan_state(task, optimizer_for(active, task)[0], None, mesh)
+                        state, changes = switch_state(active, before, task, template, state, batch)
+                        row = report(step, before, task, changes) | {"step_seconds": _median(seconds)}
+                        log.info("%s: %s", name, line(row))
+                        row["heldout_before"], eval_step = held_out, make_eval_step(task, mesh)
+                        extra |= {"sites": dump_table(task.table), "switches": [*extra["switches"], row]}
+                        held_out = evaluate(eval_step, state, source, mesh)
+                        log.info("%s: after it held-out %s %.4f", name, task.metric, held_out[task.metric])
                     if saves:
                         checkpoints.save(step, state, extra | {"seconds": time.perf_counter() - began})
                 done_at = None

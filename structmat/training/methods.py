@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ml_collections import ConfigDict
 
@@ -47,6 +47,29 @@ def method_of(config: ConfigDict) -> Method | None:
         raise ConfigError("method", config.method, str(error)) from None
 
 
+def hook(config: ConfigDict, name: Literal["rule", "view", "penalty", "link"], sites: Mapping[str, Site]) -> Any:
+    """What the method of a config brings in this place; None where there is no method, or it brings nothing.
+
+    Args:
+      sites: of the model that is trained.
+
+    Raises:
+      ConfigError: the method does not fit the model or the number of steps.
+    """
+    method = method_of(config)
+    try:
+        return None if method is None else getattr(method, name)(sites, config.steps)
+    except StructureError as error:
+        raise ConfigError("method", config.method, str(error)) from None
+
+
+def without_method(config: ConfigDict) -> ConfigDict:
+    """A copy of the config for what comes after training."""
+    own = config.copy_and_resolve_references()
+    own.method = ""
+    return own
+
+
 def rule_for(config: ConfigDict, sites: Mapping[str, Site], given: Rule | None = None) -> Rule | None:
     """The Rule of a run: that of `config.method`, or the one given in Python.
 
@@ -56,12 +79,8 @@ def rule_for(config: ConfigDict, sites: Mapping[str, Site], given: Rule | None =
     Raises:
       ConfigError: both are there; or the method does not fit the model or the number of steps.
     """
-    method = method_of(config)
-    if method is None:
+    if method_of(config) is None:
         return given
     if given is not None:
         raise ConfigError("method", config.method, f"the rule {given!r} was given too", "one of the two is enough")
-    try:
-        return method.rule(sites, config.steps)
-    except StructureError as error:
-        raise ConfigError("method", config.method, str(error)) from None
+    return hook(config, "rule", sites)

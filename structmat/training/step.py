@@ -9,25 +9,33 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from structmat.nn.method import Penalty, View
 from structmat.training.accumulate import mean_over_parts
 from structmat.training.rule import Rule, dense_gradients, wanted_sites
 from structmat.training.state import TrainState, variables_of
 from structmat.training.task import Batch, Task, Variables
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-DROPOUT, RULE = 0, 1
-"""Streams of randomness within a step."""
+DROPOUT, RULE, VIEW = 0, 1, 3
+"""Streams of randomness within a step; a switch takes one between them."""
 
 
 def make_step(
-    task: Task, tx: optax.GradientTransformation, rule: Rule | None, schedule: optax.Schedule, seed: int
+    task: Task,
+    tx: optax.GradientTransformation,
+    rule: Rule | None,
+    schedule: optax.Schedule,
+    seed: int,
+    view: View | None = None,
+    penalty: Penalty | None = None,
 ) -> Step:
     """The step, to be jitted with the state donated.
 
     Only `params` are differentiated, over `task.accumulate` parts of the batch in turn. Complex gradients are conjugated
     once, so that stepping against them descends. Where the loss, a gradient or an update is not finite, everything but the
     clock and the skip counters stays as it was. The rule acts after the optimiser, on the steps that are due, and sees the
-    new parameters.
+    new parameters. `view` and `penalty` are those of `structmat.nn.method.Method`; metrics then have the `penalty`, which
+    the loss is without.
 
     Returns:
       (state, batch) -> (state, metrics). Metrics are scalars, but for `bad`: bool (leaves of params,), which parameters
@@ -44,7 +52,14 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = step_key(seed, state.step)
         dropout = jax.random.fold_in(key, DROPOUT)
-        value, grads, metrics = gradients(task, variables_of(state), batch, dropout)
+        seen = variables_of(state)
+        if view is not None:
+            seen["frozen"] = view(state.frozen, jax.random.fold_in(key, VIEW), state.step)
+        value, grads, metrics = gradients(task, seen, batch, dropout)
+        if penalty is not None:
+            by_params = lambda params: penalty({"params": params, "frozen": state.frozen}, state.step)
+            metrics["penalty"], more = jax.value_and_grad(by_params)(state.params)
+            grads = jax.tree.map(lambda g, m: g + (m.conj() if jnp.iscomplexobj(m) else m), grads, more)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_sq, update_sq = _squares(grads), _squares(updates)
         ok = jnp.isfinite(value) & jnp.isfinite(grad_sq).all() & jnp.isfinite(update_sq).all()

@@ -11,12 +11,15 @@ from structmat.surgery import reassign
 from structmat.training.errors import ConfigError
 from structmat.training.task import Task
 
-_STAGE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*:(.*)", re.DOTALL)
+_STAGE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+|end)\s*:(.*)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """After `step` steps the sites that `rules` match get the structures of these; the others keep theirs."""
+    """After `step` steps the sites that `rules` match get the structures of these; the others keep theirs.
+
+    At the last step that is a projection of what was trained: nothing trains after it.
+    """
 
     step: int
     rules: Rules
@@ -28,19 +31,23 @@ class Switch:
 def switches(config: Any) -> list[Switch]:
     """The stages of `config.switch`, ascending: `when: rules; when: rules`.
 
-    `when` is a fraction of the run below 1 or a number of whole steps; `rules` are written as in `config.structure`.
+    `when` is a fraction of the run below 1, a number of whole steps or `end`; `rules` are written as in
+    `config.structure`.
 
     Raises:
-      ConfigError: malformed, not ascending, outside of 1 .. steps - 1, or an invalid structure or regular expression.
+      ConfigError: malformed, not ascending, outside of 1 .. steps, or an invalid structure or regular expression.
     """
     found: list[Switch] = []
     for when, text in _split(config.switch):
-        step = round(float(when) * config.steps) if float(when) < 1 else float(when)
+        step = _step(when, config.steps)
         if step != int(step):
-            raise _wrong(config, f"{when} must be a fraction below 1, or whole steps", f"{round(step)} is")
-        if not 1 <= step < config.steps:
-            last = f"; the last step but one is {config.steps - 1}" if config.steps > 1 else "; one step has no middle"
-            raise _wrong(config, f"{when} is step {int(step)} of steps={config.steps}, and must be within it{last}")
+            raise _wrong(config, f"{when} must be a fraction below 1, whole steps or 'end'", f"{round(step)} is")
+        if not 1 <= step <= config.steps:
+            raise _wrong(
+                config,
+                f"{when} is step {int(step)} of steps={config.steps}, and must be within it",
+                "'end' is its last",
+            )
         if found and step <= found[-1].step:
             raise _wrong(
                 config, f"{when} is step {int(step)}, and must come after step {found[-1].step} of the one before"
@@ -67,14 +74,18 @@ def switched(task: Task, switch: Switch) -> Task:
 
 
 def refuse_rule(config: Any, rule: Any) -> None:
-    """Refuse a Rule in a run with a switch: its state has the shapes that the switch changes.
+    """Refuse a Rule or method in a run with a switch before its end: their state has the shapes that the switch changes.
 
     Raises:
       ConfigError: names both.
     """
-    if config.switch and rule is not None:
+    if (config.method or rule is not None) and any(switch.step < config.steps for switch in switches(config)):
         shown = config.method or repr(rule)
-        raise _wrong(config, f"cannot go with the rule {shown}, whose state belongs to the sites as they are", "'' is")
+        raise _wrong(
+            config,
+            f"cannot go with the rule {shown}, whose state belongs to the sites as they are",
+            f"{'end: ' + str(switches(config)[-1].rules)!r} is",
+        )
 
 
 def stages(config: Any, task: Task) -> list[tuple[int, Task]]:
@@ -90,6 +101,12 @@ def stages(config: Any, task: Task) -> list[tuple[int, Task]]:
         except StructureError as error:
             raise _wrong(config, str(error)) from None
     return found
+
+
+def _step(when: str, steps: int) -> float:
+    if when == "end":
+        return steps
+    return round(float(when) * steps) if float(when) < 1 else float(when)
 
 
 def _split(text: str) -> list[tuple[str, str]]:

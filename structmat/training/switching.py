@@ -25,7 +25,8 @@ def switch_state(
 
     A pure function of its arguments, so that a run resumed just before a switch goes on with the same bits. Clock, skips and
     everything that belongs to unchanged leaves stay; what the optimiser keeps of changed ones starts as
-    `structmat.optim.restart` says, with the gradient of `batch`, the one of the next step.
+    `structmat.optim.restart` says, with the gradient of `batch`, the one of the next step. What a Rule keeps goes where the
+    template has none.
 
     Args:
       template: of the state after, from `plan_state`.
@@ -47,7 +48,8 @@ def switch_state(
 
     places = jax.tree.map(lambda leaf: leaf.sharding, template.opt_state)
     opt_state = jax.jit(carry, out_shardings=places)(state, variables, batch)
-    return state.replace(**variables, opt_state=opt_state), changes
+    rule_state = state.rule_state if jax.tree.leaves(template.rule_state) else {}
+    return state.replace(**variables, opt_state=opt_state, rule_state=rule_state), changes
 
 
 def report(step: int, before: Task, after: Task, changes: Mapping[str, Change]) -> dict[str, Any]:

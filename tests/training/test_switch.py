@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from structmat.nn import site_params
 from structmat.parallel import make_mesh, on_mesh
 from structmat.training import dry_run, loop
 from structmat.training.build import optimizer_for
@@ -67,8 +68,10 @@ def test_stages_are_read_with_their_rules():
         ("0.5: dense(); 0.9: dense()", "changes no site"),
         ("0.5: dense(); head", "dense(); head"),
         ("0.5: head -> dense(); head", "'head' must read 'regex -> structure'"),
-        ("2.5: dense()", "2.5 must be a fraction below 1, or whole steps; 2 is"),
-        ("100: dense()", "100 is step 100 of steps=100, and must be within it"),
+        ("2.5: dense()", "2.5 must be a fraction below 1, whole steps or 'end'; 2 is"),
+        ("101: dense()", "101 is step 101 of steps=100, and must be within it; 'end' is its last"),
+        ("end: dense(); 100: low_rank(rank=2)", "100 is step 100, and must come after step 100"),
+        ("edn: dense()", "must read 'when: rules'"),
         ("0.001: dense()", "0.001 is step 0 of steps=100"),
         ("0.9: dense(); 0.5: low_rank(rank=2)", "0.5 is step 50, and must come after step 90"),
         ("0.5: dense(); 50: low_rank(rank=2)", "50 is step 50, and must come after step 50"),
@@ -78,6 +81,44 @@ def test_what_is_wrong_is_told_at_once(text, hint):
     with pytest.raises(ConfigError) as caught:
         validate(of(text))
     assert caught.value.field == "switch" and repr(text) in str(caught.value) and hint in str(caught.value)
+
+
+MASKED = "masked(dense(), unstructured(density=0.25), rule='plain')"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["rigl(every=3)", ""])
+def test_a_switch_at_the_end_projects_what_was_trained(method, tmp_path, caplog):
+    """Whatever trained it; killed before and after it a run ends with the same bits and figures."""
+    own = MASKED if method else "dense()"
+    config = small_digits(structure=own, method=method, switch="end: low_rank(rank=4)", steps=8)
+    config.checkpoint.every, config.eval.batches = 4, 1
+    record = loop.train(config, tmp_path / "whole")
+    alone = small_digits(structure=own, method=method, steps=8)
+    alone.eval.batches = 1
+    trained = loop.train(alone, tmp_path / "alone")
+    (row,) = record.metrics["switches"]
+    assert row["step"] == 8 and row["heldout_before"] == trained.metrics["heldout"] != record.metrics["heldout"]
+    assert record.structures["layers_0"] == "low_rank(rank=4, init='spectral', train=None)" and record.metrics["step_seconds"] > 0
+    assert record.metrics["params"] == 4 * (64 + 16) + 16 + 170
+    ours, dense = load_run(tmp_path / "whole"), load_run(tmp_path / "alone")
+    w, a = (np.asarray(run.task.table["layers_0"].bound.materialize(_site(run))) for run in (dense, ours))
+    u, s, vt = np.linalg.svd(w)
+    np.testing.assert_allclose(a, (u[:, :4] * s[:4]) @ vt[:4], atol=1e-5)
+    assert row["worst_error"] == pytest.approx(np.linalg.norm(w - a) / np.linalg.norm(w), abs=1e-5)
+
+    with pytest.raises(Killed):
+        loop.train(config, tmp_path / "parts", on_step=kill_at(7))
+    loop.train(config, tmp_path / "parts")
+    (tmp_path / "parts" / "record.json").unlink()
+    again = loop.train(config, tmp_path / "parts")
+    assert array_sums(tmp_path / "parts") == array_sums(tmp_path / "whole")
+    assert again.metrics["heldout"] == record.metrics["heldout"] and without_times(again) == without_times(record)
+
+
+def _site(run):
+    path = "layers_0"
+    return site_params(run.variables, path, run.task.table[path])
 
 
 def test_a_switch_is_part_of_what_a_run_is():
