@@ -1,17 +1,22 @@
-"""Sparse training: methods that move the support of masked weights, and how dense each layer is."""
+"""Methods that move the support of masked weights or truncate dense ones, and how dense each layer is."""
 
 from structmat.sparse.density import densities, rules_text
 from structmat.sparse.masks import Mask, find_masks
 from structmat.sparse.topology import MoveSupport, RigL, Set, cosine_drop, move
+from structmat.sparse.trp import TRP, Truncate, polar_factor, truncate
 
 __all__ = [
+    "TRP",
     "Mask",
     "MoveSupport",
     "RigL",
     "Set",
+    "Truncate",
     "cosine_drop",
     "densities",
     "find_masks",
     "move",
+    "polar_factor",
     "rules_text",
+    "truncate",
 ]

@@ -76,6 +76,15 @@ def view_shapes(view: View, window: Shape, cin: int, cout: int) -> tuple[Shape, 
     return ((window[0], cin), (window[1], cout)) if view == "spatial" else ((cin,), (cout, *window))
 
 
+def view_of(in_shape: Shape, out_shape: Shape) -> tuple[View, Shape] | None:
+    """(view, window) of the convolution whose matrix has these sides, as `view_shapes` makes them; None of a plain matrix."""
+    if len(out_shape) == 1:
+        return ("channel", in_shape[:-1]) if len(in_shape) > 1 else None
+    if len(in_shape) == 1:
+        return "decoupled", out_shape[1:]
+    return ("spatial", (in_shape[0], out_shape[0])) if len(in_shape) == len(out_shape) == 2 else None
+
+
 def kernel_of(matrix: jax.Array, view: View, window: Shape, cin: int, cout: int) -> jax.Array:
     """The kernel (*window, cin, cout) whose view is `matrix`."""
     if view == "channel":

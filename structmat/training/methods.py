@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from structmat.nn import Site
 from structmat.nn.method import Method
-from structmat.sparse import RigL, Set
+from structmat.sparse import TRP, RigL, Set
 from structmat.structures import StructureError
 from structmat.structures.reader import Reader
 from structmat.training.errors import ConfigError
@@ -22,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         RigL,
         Set,
+        TRP,
     )
 }
 

@@ -24,11 +24,17 @@ MASKED = "masked(dense(), unstructured(density=0.25), rule='plain')"
 
 @pytest.mark.parametrize("name", METHODS)
 def test_text_says_every_argument_and_reads_back(name):
-    config = small_digits(method=f" {name}( every = 7 ,drop=1)")
-    text = f"{name}(every=7, drop=1.0, until=0.8)"
-    assert str(method_of(config)) == text
-    assert method_of(small_digits(method=text)) == method_of(config) != method_of(small_digits(method=name))
+    method = METHODS[name]()
+    said = [f"{f.name}={getattr(method, f.name)!r}" for f in METHODS[name].text_fields()]
+    assert str(method) == f"{name}({', '.join(said)})"
+    assert method_of(small_digits(method=str(method))) == method == method_of(small_digits(method=f" {name}( )"))
     assert method_of(small_digits()) is None and not set(METHODS) & set(FAMILIES)
+
+
+def test_arguments_are_read_whatever_their_spelling():
+    found = method_of(small_digits(method=" rigl( every = 7 ,drop=1)"))
+    assert str(found) == "rigl(every=7, drop=1.0, until=0.8)"
+    assert found == method_of(small_digits(method=str(found))) != method_of(small_digits(method="rigl"))
 
 
 @pytest.mark.parametrize(
