@@ -40,3 +40,7 @@ class Method(Named):
     def link(self, sites: Mapping[str, Site], steps: int) -> Any:
         """An optax transformation of the updates, after all others."""
         return None
+
+    def report(self, sites: Mapping[str, Site], variables: Mapping[str, Any]) -> dict[str, Any]:
+        """What a run's record says of the model trained, as JSON: `variables` are those after the last step."""
+        return {}

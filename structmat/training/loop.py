@@ -31,13 +31,13 @@ from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import identity, profile_steps, validate
 from structmat.training.environment import peak_flops, versions
 from structmat.training.errors import Interrupted, RunError
-from structmat.training.methods import method_of, rule_for, without_method
+from structmat.training.methods import method_of, report_of, rule_for, without_method
 from structmat.training.metrics import MetricWriter
 from structmat.training.progress import ProgressLine, Runs
 from structmat.training.record import Record
 from structmat.training.rule import Rule
 from structmat.training.sigterm import listening_for_sigterm
-from structmat.training.state import create_state, plan_state
+from structmat.training.state import create_state, plan_state, variables_of
 from structmat.training.step import leaf_paths
 from structmat.training.switch import refuse_rule, switched, switches
 from structmat.training.switching import line, report, switch_state
@@ -121,6 +121,7 @@ def train(
             "config": json.loads(config.to_json()),
             "sites": dump_table(task.table),
             "switches": restored.extra["switches"] if restored else [],
+            "method_report": restored.extra.get("method_report", {}) if restored else {},
             "data_hash": source.sha256,
             "versions": versions(),
             "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
@@ -228,6 +229,9 @@ def train(
                         writer.write(step, {f"heldout_{key}": value for key, value in held_out.items()})
                         log.info("%s: step %d held-out %s %.4f", name, step, task.metric, held_out[task.metric])
 
+                    if final:
+                        extra["method_report"] = report_of(config, task.table, variables_of(state))
+
                     # ---- Switch at the end: what was trained, projected; the checkpoint and the record have it ------
                     if final and step in ahead:
                         before, task = task, switched(task, ahead[step])
@@ -266,6 +270,7 @@ def train(
                 "reference": dict(source.reference),
                 "steps": config.steps,
                 "method": str(method_of(config) or ""),
+                "method_report": extra["method_report"],
                 "unit": task.unit,
                 "units_per_step": task.units,
                 "step_seconds": _median(seconds),

@@ -64,6 +64,12 @@ def hook(config: ConfigDict, name: Literal["rule", "view", "penalty", "link"], s
         raise ConfigError("method", config.method, str(error)) from None
 
 
+def report_of(config: ConfigDict, sites: Mapping[str, Site], variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What the method of a config says of the model trained; {} where there is no method."""
+    method = method_of(config)
+    return {} if method is None else method.report(sites, variables)
+
+
 def without_method(config: ConfigDict) -> ConfigDict:
     """A copy of the config for what comes after training."""
     own = config.copy_and_resolve_references()
