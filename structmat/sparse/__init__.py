@@ -1,12 +1,14 @@
-"""Methods that move the support of masked weights or truncate dense ones, and how dense each layer is."""
+"""Methods that move the support of masked weights, truncate dense ones or find ranks, and how dense each layer is."""
 
 from structmat.sparse.density import densities, rules_text
+from structmat.sparse.maestro import Maestro
 from structmat.sparse.masks import Mask, find_masks
 from structmat.sparse.topology import MoveSupport, RigL, Set, cosine_drop, move
 from structmat.sparse.trp import TRP, Truncate, polar_factor, truncate
 
 __all__ = [
     "TRP",
+    "Maestro",
     "Mask",
     "MoveSupport",
     "RigL",

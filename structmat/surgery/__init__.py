@@ -10,5 +10,18 @@ opt_state = carry_optimizer(opt_state, opt_template, moments, changed_params(aft
 from structmat.surgery.layers import by_layer, rebuild
 from structmat.surgery.optimizer import carry_optimizer
 from structmat.surgery.restructure import Change, changed_params, reassign, restructure
+from structmat.surgery.slicing import sliced, widths_of, widths_within, with_widths
 
-__all__ = ["Change", "by_layer", "carry_optimizer", "changed_params", "reassign", "rebuild", "restructure"]
+__all__ = [
+    "Change",
+    "by_layer",
+    "carry_optimizer",
+    "changed_params",
+    "reassign",
+    "rebuild",
+    "restructure",
+    "sliced",
+    "widths_of",
+    "widths_within",
+    "with_widths",
+]

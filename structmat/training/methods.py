@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from structmat.nn import Site
 from structmat.nn.method import Method
-from structmat.sparse import TRP, RigL, Set
+from structmat.sparse import TRP, Maestro, RigL, Set
 from structmat.structures import StructureError
 from structmat.structures.reader import Reader
 from structmat.training.errors import ConfigError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
+        Maestro,
         RigL,
         Set,
         TRP,
