@@ -7,14 +7,16 @@ from typing import Any
 
 import optax
 
+from structmat.optim.adam8bit import scale_by_adam_8bit
 from structmat.optim.mup import scale_by_tree
 from structmat.structures.errors import suggest
 
 OPTIMIZERS = {
     "adamw": lambda s: optax.scale_by_adam(b1=s["b1"], b2=s["b2"], eps=s["eps"]),
+    "adamw_8bit": lambda s: scale_by_adam_8bit(b1=s["b1"], b2=s["b2"], eps=s["eps"]),
     "lion": lambda s: optax.scale_by_lion(b1=s["b1"], b2=s["b2"]),
 }
-"""Both take steps of a size that does not depend on the gradient's, which the multipliers of mup assume."""
+"""All take steps of a size that does not depend on the gradient's, which the multipliers of mup assume."""
 
 SCHEDULES = {
     "cosine": lambda lr, warmup, total: optax.warmup_cosine_decay_schedule(0.0, lr, warmup, total),

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-MOMENTS: dict[str, dict[str, str | None]] = {"adamw": {"mu": None, "nu": "b2"}, "lion": {"mu": None}}
+from structmat.optim.adam8bit import pack
+
+MOMENTS: dict[str, dict[str, str | None]] = {
+    "adamw": {"mu": None, "nu": "b2"},
+    "adamw_8bit": {"mu": None, "nu": "b2"},
+    "lion": {"mu": None},
+}
 """Optimiser -> field it keeps of every parameter -> None for an average of gradients, or the decay of one of squares."""
 
 
@@ -43,4 +49,9 @@ def restart(spec: Mapping[str, Any], grads: Any, count: jax.Array | int) -> dict
         return ((1 - decay**count) * jnp.where(jnp.isfinite(square), square, 0)).astype(g.dtype)
 
     fill = lambda decay: jax.tree.map(jnp.zeros_like if decay is None else lambda g: squares(g, spec[decay]), grads)
-    return {field: fill(decay) for field, decay in MOMENTS[spec["name"]].items()}
+    found = {field: fill(decay) for field, decay in MOMENTS[spec["name"]].items()}
+    if spec["name"] == "adamw_8bit":
+        parts = jax.tree.map(pack, found["mu"], found["nu"])
+        names = ("mu", "nu", "mu_scale", "nu_scale")
+        found = {name: jax.tree.map(lambda _, p, i=i: p[i], grads, parts) for i, name in enumerate(names)}
+    return found
