@@ -31,6 +31,8 @@ NAMED = {
     "demo_lm_kronecker": ("demo_lm", "kronecker"),
     "digits": ("digits", None),
     "digits_vit": ("digits_vit", None),
+    "digits_resnet": ("digits_resnet", None),
+    "teacher": ("teacher", None),
     **{f"llama_{size}": ("llama", size) for size in ("60m", "130m", "350m", "1b", "7b")},
     **{f"gpt2_{size}": ("gpt2", size) for size in ("small", "medium", "large")},
     **{f"vit_{size}": ("vit", size) for size in ("s", "b")},

@@ -38,6 +38,19 @@ def small_digits(**fields):
     return config
 
 
+def small_teacher(**fields):
+    """A two-layer perceptron of width 16 on a random network of width 32."""
+    config = default("teacher")
+    config.update(steps=12, batch=32, log_every=1)
+    config.model.update(layers=2, width=16)
+    config.data.update(width=32, depth=3)
+    config.mup.base_width = 16
+    config.checkpoint.every = 5
+    config.eval.batches = 4
+    config.update(fields)
+    return config
+
+
 def small_images(**fields):
     """A one-layer ViT of width 16 on the digits."""
     config = default("images")

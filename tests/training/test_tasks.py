@@ -12,7 +12,7 @@ from structmat.structures import StructureError
 from structmat.training.config import validate
 from structmat.training.task import dump_table, mean_metrics, with_table
 from structmat.training.tasks import TASKS, digits, lm
-from tests.training.small_runs import small_digits, small_images, small_lm, write_corpus
+from tests.training.small_runs import small_digits, small_images, small_lm, small_teacher, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,9 @@ def zeros(task):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_batches_have_the_declared_shapes_and_follow_seed_and_step(name, corpus):
-    config = {"lm": lambda: small_lm(corpus), "digits": small_digits, "images": small_images}[name]()
+    config = {"lm": lambda: small_lm(corpus), "digits": small_digits, "images": small_images, "teacher": small_teacher}[
+        name
+    ]()
     task = validate(config)
     source = task.load()
     batch, again, later = source.batch(3, None), source.batch(3, None), source.batch(4, None)

@@ -1,9 +1,10 @@
 """Every task the loop knows, one line each; a task module has `defaults()`, `check(config)` and `build(config)`."""
 
-from structmat.training.tasks import digits, images, lm
+from structmat.training.tasks import digits, images, lm, teacher
 
 TASKS = {
     "lm": lm,
     "digits": digits,
     "images": images,
+    "teacher": teacher,
 }
