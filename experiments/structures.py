@@ -36,7 +36,7 @@ Combined with `a + b`, `a @ b` (or `product(a, b, inner=64)`), `a * b` (elementw
 `scaled(a, s)`, `masked(a, pattern)`, `weight_norm(a)`, `dora(a)`, `fake_quantized(a, bits)`, `rebuilt(a)`, `fit(a, params=0.3)`. A sum is
 projected by alternating minimisation: monotone, no worse than where it starts, not a proven optimum.
 `bottleneck(a, b, inner=64)` and `lost(rank=64, density=0.01)` are nonlinear: they stand where a structure does, and refuse
-to be materialised, transposed or projected.
+to be materialised, transposed or projected. `sst(rank=16)` is any matrix as its singular triplets, for the method `sst`.
 
 Written by `python -m experiments.structures --write` from what the families say of themselves.
 

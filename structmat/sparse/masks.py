@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from structmat.nn import Site, leaf_groups
+from structmat.nn import Site
+from structmat.sparse.places import places
 from structmat.structures import Bound, StructureError
-from structmat.structures.algebra import BoundSum
 from structmat.structures.dense import BoundDense
 from structmat.structures.masked import BoundMasked
 from structmat.structures.unstructured import EXAMPLE, BoundUnstructured
@@ -53,10 +53,10 @@ def find_masks(sites: Mapping[str, Site], name: str) -> tuple[Mask, ...]:
     Raises:
       StructureError: there are none, or one whose rule keeps masked weights alive.
     """
-    found, numbers = [], {path: i for i, path in enumerate(sites)}
-    for place, (path, site) in leaf_groups(sites).items():
-        layers = tuple(numbers[p] for p, s in sites.items() if (s.stack.path if s.stack else p) == "/".join(place))
-        for inner, bound in _terms(site.bound):
+    found = []
+    for path, place in places(sites).items():
+        for term in place.terms():
+            bound = term.bound
             if not _movable(bound):
                 continue
             if bound.structure.rule != "plain":
@@ -64,7 +64,7 @@ def find_masks(sites: Mapping[str, Site], name: str) -> tuple[Mask, ...]:
                     f"{name}: site {path} is {bound.structure.short()}, whose masked weights go on training; "
                     f"rule='plain' stops them, as in {EXAMPLE}"
                 )
-            found.append(Mask(place, inner, bound.pattern.count, layers, site.stack is not None))
+            found.append(Mask(term.site, term.inner, bound.pattern.count, term.layers, term.stacked))
     if not found:
         there = dict.fromkeys(site.bound.structure.short() for site in sites.values())
         raise StructureError(
@@ -72,14 +72,6 @@ def find_masks(sites: Mapping[str, Site], name: str) -> tuple[Mask, ...]:
             f"its structures: {', '.join(there)}"
         )
     return tuple(found)
-
-
-def _terms(bound: Bound, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Bound]]:
-    if isinstance(bound, BoundSum):
-        for i, term in enumerate(bound.terms):
-            yield from _terms(term, (*prefix, str(i)))
-    else:
-        yield prefix, bound
 
 
 def _movable(bound: Bound) -> bool:

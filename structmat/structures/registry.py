@@ -11,8 +11,10 @@ from structmat.structures.fit import Fit
 from structmat.structures.lost import Lost
 from structmat.structures.masked import Masked
 from structmat.structures.normalized import Dora, FakeQuantized, WeightNorm
+from structmat.structures.ordered import Ordered
 from structmat.structures.rebuilt import Rebuilt
 from structmat.structures.recipe import Structure
+from structmat.structures.sst import Sst
 from structmat.structures.unstructured import Unstructured
 from structmat.structures.wrappers import Frozen, Scaled, Transpose
 
@@ -82,4 +84,7 @@ COMBINATORS: dict[str, type[Structure]] = {
 NONLINEAR: dict[str, type[Structure]] = {"bottleneck": Bottleneck, "lost": Lost}
 """What stands where a matrix does, and is none."""
 
-CONSTRUCTORS = FAMILIES | COMBINATORS | NONLINEAR
+TRAINED: dict[str, type[Structure]] = {"ordered": Ordered, "sst": Sst}
+"""Any matrix, stored as the method that trains it wants it."""
+
+CONSTRUCTORS = FAMILIES | COMBINATORS | NONLINEAR | TRAINED

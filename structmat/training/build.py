@@ -31,7 +31,18 @@ def optimizer_for(config: ConfigDict, task: Task) -> tuple[optax.GradientTransfo
     spec = config.optim.to_dict()
     tx = make_optimizer(spec, scale, decay_mask(table, params), config.steps)
     link = hook(config, "link", table)
-    return tx if link is None else optax.chain(tx, link), make_schedule(spec, config.steps)
+    return tx if link is None else followed(tx, link), make_schedule(spec, config.steps)
+
+
+def followed(tx: optax.GradientTransformation, link: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A chain with one more link. The other states keep their places, for a switch after which the link is gone."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, own = tx.update(updates, state[:-1], params)
+        updates, last = link.update(updates, state[-1], params)
+        return updates, (*own, last)
+
+    return optax.GradientTransformation(lambda params: (*tx.init(params), link.init(params)), update)
 
 
 def step_for(

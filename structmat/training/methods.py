@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from structmat.nn import Site
 from structmat.nn.method import Method
-from structmat.sparse import TRP, Maestro, RigL, Set
+from structmat.sparse import TRP, Maestro, ReLoRA, RigL, Set, Sst
 from structmat.structures import StructureError
 from structmat.structures.reader import Reader
 from structmat.training.errors import ConfigError
@@ -21,8 +21,10 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Maestro,
+        ReLoRA,
         RigL,
         Set,
+        Sst,
         TRP,
     )
 }
