@@ -70,6 +70,8 @@ class Rules:
             else:
                 hits = [p for p in sites if re.fullmatch(pattern, p)]
             fresh = [p for p in hits if p not in chosen]
+            if pattern is None and not hits and structure == Dense():
+                continue  # what a model without linear sites is anyway
             if not fresh:
                 raise StructureError(_no_match(pattern, structure, hits, sites))
             chosen.update(dict.fromkeys(fresh, structure))

@@ -15,6 +15,7 @@ import numpy as np
 
 from structmat.nn import Site, choose_path, sites
 from structmat.structures import StructureError, parse
+from structmat.structures.convolution import has_factors, view_of
 
 Batch = Mapping[str, Any]
 Variables = Mapping[str, Any]
@@ -109,12 +110,16 @@ class Task:
 
     def path_at(self, path: str) -> str:
         """`factored` or `dense`: how the site multiplies them."""
-        return choose_path(self.table[path].bound, self.rows_at(path))[0]
+        site = self.table[path]
+        viewed = view_of(site.bound.in_shape, site.bound.out_shape) if site.kind == "conv" else None
+        if viewed and not has_factors(site.bound, viewed[0]):
+            return "dense"
+        return choose_path(site.bound, self.rows_at(path))[0]
 
     @property
     def path(self) -> str:
         """How a step computes its structured products: factored, dense (materialised first) or mixed."""
-        linear = {p: s for p, s in self.table.items() if s.kind == "linear"}
+        linear = {p: s for p, s in self.table.items() if s.kind in ("linear", "conv")}
         paths = {self.path_at(p) for p, s in linear.items() if s.bound.structure.name != "dense"}
         return "mixed" if len(paths) > 1 else next(iter(paths), "dense")
 
