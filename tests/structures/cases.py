@@ -124,6 +124,8 @@ CASES = [
     ("householder(reflections=4)", 12, 20, "untraced", "unstated"),
     ("householder(reflections=9)", (3, 4), 9, "untraced", "unstated"),
     ("householder(reflections=7, init='paper')", 7, 7, "untraced", "unstated"),
+    ("ordered()", 24, 36),
+    ("ordered(rank=5)", (3, 4), 9, "unstated"),
 ]
 
 UNTRACED: set[str] = {"random_sparse", "n_m_sparse", "masked", "weight_norm", "fake_quantized", "dora"}
