@@ -44,10 +44,14 @@ def widths_within(table: Mapping[str, Site], variables: Variables, budget: int) 
     """
     found = _ordered(table)
     held = {path: site_params(variables, path, site) for path, site in found.items()}
-    widths = jnp.array([int(params["width"]) for params in held.values()], jnp.int32)
-    ranked = [importance(params["a"], params["b"]) for params in held.values()]
-    left = cut_widths([site.bound for site in found.values()], widths, ranked, budget)
-    return dict(zip(found, np.asarray(left).tolist()))
+    bounds = [site.bound for site in found.values()]
+
+    @jax.jit
+    def left(held: list[Any]) -> jax.Array:
+        widths = jnp.stack([params["width"] for params in held])
+        return cut_widths(bounds, widths, [importance(params["a"], params["b"]) for params in held], budget)
+
+    return dict(zip(found, np.asarray(left(list(held.values()))).tolist()))
 
 
 def with_widths(table: Mapping[str, Site], variables: Variables, widths: Mapping[str, int]) -> dict[str, Any]:
