@@ -32,6 +32,7 @@ TEST = [
     "tensorly>=0.9",
     "ruff>=0.6",
     "safetensors>=0.5",
+    "tokenizers>=0.20",
 ]
 
 setup(
@@ -51,5 +52,6 @@ setup(
         "wandb": ["wandb"],
         "profile": ["xprof"],
         "safetensors": ["safetensors>=0.5"],
+        "text": ["tokenizers>=0.20"],
     },
 )

@@ -10,8 +10,8 @@ scratch: 512 sequences of 1,024 tokens, AdamW at 6e-4 (small), 3e-4 or 2.5e-4, 1
 50,257 ids = 29 x 1733, which no mesh axis divides, so the embedding stays whole along `tensor` (the planner warns);
 `--config.model.vocab=50304` is the next multiple of 128.
 
-Until tokens are read from a directory the text is the bytes of the standard library, of which 256 of the ids occur;
-`--config.data.root` takes a .npy of token ids.
+Without `--config.data.root` the text is the bytes of the standard library, of which 256 of the ids occur; `python -m experiments.tokenize`
+makes a folder of tokens from a text and a vocabulary.
 """
 
 from structmat.training import config as defaults

@@ -15,8 +15,8 @@ with 8-bit moments, here they are f32.
 (the planner warns), and Monarch, block tensor train and Kronecker need `--config.model.hidden=5504` (+0.5% parameters),
 the next multiple of 128.
 
-Until tokens are read from a directory the text is the bytes of the standard library, of which 256 of the 32,000 ids
-occur; `--config.data.root` takes a .npy of token ids.
+Without `--config.data.root` the text is the bytes of the standard library, of which 256 of the 32,000 ids occur; `python -m experiments.tokenize`
+makes a folder of tokens from a text and a vocabulary.
 """
 
 from structmat.training import config as defaults

@@ -23,7 +23,7 @@ def defaults(model: str = "gpt") -> dict[str, Any]:
     return dict(
         model=dict(name=model, **MODELS[model].fields),
         data=dict(
-            root="",  # '' is the standard library of this Python; else a folder, a .jsonl or a .npy of token ids
+            root="",  # '' is the standard library of this Python; else a folder of text or tokens, a .jsonl or a .npy of ids
             glob="**/*.txt",  # which files of a folder
         ),
     )
