@@ -73,14 +73,15 @@ class Maestro(Method):
         return (lambda variables, step: self.lasso * hierarchical_lasso(groups, variables)) if self.lasso else None
 
     def report(self, sites: Mapping[str, Site], variables: Mapping[str, Any]) -> dict[str, Any]:
-        """`ranks`: site -> width found; `params` and `site_params`: site -> stored numbers at it, and their sum."""
+        """`ranks`: site -> width found; `params`: site -> numbers to store at it; their sum, and that of dense matrices."""
         found = {path: site for path, site in sites.items() if isinstance(site.bound, BoundOrdered)}
         ranks = {}
         for path, site in found.items():
             width = jax.device_get(get(variables["frozen"], (*array_path(path, site), "width")))
             ranks[path] = int(width if site.stack is None else width[site.stack.index])
         params = {path: found[path].bound.params_at(rank) for path, rank in ranks.items()}
-        return {"ranks": ranks, "params": params, "site_params": sum(params.values())}
+        dense = sum(site.bound.d_in * site.bound.d_out for site in found.values())
+        return {"ranks": ranks, "params": params, "site_params": sum(params.values()), "dense_site_params": dense}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,6 +101,7 @@ def test_shrinking_takes_away_what_is_not_needed_and_all_that_belongs_to_it():
     report = Maestro().report(SITES, {"params": after.params, "frozen": after.frozen})
     assert report["ranks"] == {"x_0/w": 2, "x_1/w": 1, "y": 2}
     assert report["params"] == {"x_0/w": 28, "x_1/w": 14, "y": 24} and report["site_params"] == 66
+    assert report["dense_site_params"] == 48 + 48 + 35
 
 
 def test_a_budget_is_kept_after_the_last_step_alone():
