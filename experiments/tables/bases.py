@@ -42,6 +42,15 @@ def digits() -> ConfigDict:
     return config
 
 
+def digits_resnet() -> ConfigDict:
+    """Two residual blocks on the same digits, as images."""
+    config = default("images", "resnet")
+    config.update(steps=400, batch=64)
+    config.optim.lr = 8e-3
+    config.mup.base_width = 16
+    return config
+
+
 def bytes_cpu() -> ConfigDict:
     """The demo's GPT on bytes of the standard library, fewer steps."""
     config = default("lm")
@@ -61,8 +70,20 @@ def bytes_gpu() -> ConfigDict:
     return config
 
 
+def teacher() -> ConfigDict:
+    """Three hidden layers on a random network, fresh points at every step."""
+    config = default("teacher")
+    config.update(steps=500, batch=512)
+    config.model.width = 256
+    config.optim.update(lr=4e-3, weight_decay=0.0)
+    config.mup.base_width = 256
+    return config
+
+
 BASES: dict[tuple[str, str], Base] = {
     ("cpu", "digits"): Base(digits, "loss", others=("accuracy",), seeds=5),
+    ("cpu", "digits_resnet"): Base(digits_resnet, "accuracy", lower=False, others=("loss",), seeds=5),
+    ("cpu", "teacher"): Base(teacher, "mse"),
     ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte"),
     ("gpu", "bytes"): Base(bytes_gpu, "bits_per_byte"),
 }

@@ -17,6 +17,7 @@ from experiments.tables.store import Result, Store
 from structmat.structures import Rules
 from structmat.training.config import identity, validate
 from structmat.training.record import content_key
+from structmat.training.switch import ended
 from structmat.training.tasks import TASKS
 
 TUNE_SEED = 1000
@@ -119,7 +120,7 @@ def arms_of(table: Table, scale: str) -> tuple[tuple[Arm, ConfigDict], ...]:
 def _size(table: Table, dense: ConfigDict, reference: ConfigDict) -> int:
     """Parameters of the model that the baselines match."""
     if table.share is None:
-        return validate(reference).params
+        return ended(reference, validate(reference)).params
     task = validate(dense)
     entries = sum(site.bound.d_in * site.bound.d_out for site in task.table.values() if site.kind == "linear")
     return task.params - round((1 - table.share) * entries)

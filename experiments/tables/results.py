@@ -14,6 +14,7 @@ from experiments.tables.plan import Plan, Row
 from experiments.tables.schema import DENSE, Claim
 from experiments.tables.store import Result, Store
 from structmat.training.config import validate
+from structmat.training.switch import ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +89,14 @@ def results_of(plan: Plan, store: Store) -> Results:
 
 
 def cost_of(config: ConfigDict) -> Cost:
-    """What an arm's model costs."""
+    """What an arm's model costs: the one that is evaluated, where a switch at the end of the run makes it."""
     return _cost_of(config.to_json())
 
 
 @functools.cache
 def _cost_of(text: str) -> Cost:
-    task = validate(ConfigDict(json.loads(text)))
+    config = ConfigDict(json.loads(text))
+    task = ended(config, validate(config))
     sites = task.table.values()
     rest = task.params - sum(site.bound.params for site in sites)
     bits = sum(site.bound.cost(1).bits for site in sites) + 32 * rest

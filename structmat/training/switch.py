@@ -103,6 +103,16 @@ def stages(config: Any, task: Task) -> list[tuple[int, Task]]:
     return found
 
 
+def ended(config: Any, task: Task) -> Task:
+    """The task of what a run leaves behind: `task`, that of its first step, unless a switch at its end projects it.
+
+    Raises:
+      ConfigError: as `switches` and `switched`.
+    """
+    step, last = stages(config, task)[-1]
+    return last if step == config.steps else task
+
+
 def _step(when: str, steps: int) -> float:
     if when == "end":
         return steps

@@ -10,7 +10,7 @@ from experiments.tables import plan as planning
 from experiments.tables.bases import Base
 from experiments.tables.plan import TUNE_SEED, Run, best_rate, key_of, plan
 from experiments.tables.registry import TABLES, table_of
-from experiments.tables.results import results_of
+from experiments.tables.results import cost_of, results_of
 from experiments.tables.runner import missing, run_table
 from experiments.tables.schema import DENSE, LOW_RANK, SMALL, Arm, Claim, Table, TableError
 from experiments.tables.show import conditions, verdicts
@@ -200,3 +200,24 @@ def test_every_table_is_valid_at_cpu_scale(name):
     arms = planning.arms_of(TABLES[name], "cpu")
     for _, config in arms[:1] + arms[3:]:
         validate(config)
+
+
+def test_arms_projected_at_the_end_are_sized_as_they_are_evaluated(monkeypatch):
+    monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), TINY)
+    end = Arm("cut", {"switch": "end: low_rank(rank=4)", "method": "trp(every=1)"})
+    rows = dict(
+        (arm.name, config)
+        for arm, config in planning.arms_of(
+            dataclasses.replace(
+                TABLE,
+                name="cut",
+                arms=(end, Arm("whole", {"switch": "0.5: low_rank(rank=4)"})),
+                reference="cut",
+                claims=(),
+            ),
+            "cpu",
+        )
+    )
+    params = {name: cost_of(config).params for name, config in rows.items()}
+    assert params["cut"] == 4 * (64 + 32) + 4 * (32 + 32) + 2 * 32 + 330 < params["whole"] == params[DENSE]
+    assert params[SMALL] <= params["cut"] and 0.9 * params["cut"] < params[LOW_RANK] <= params["cut"]

@@ -1,0 +1,87 @@
+"""TRP: Xu et al., "Trained Rank Pruning for Efficient Deep Neural Networks", arXiv 1812.02402 and 2004.14566."""
+
+from __future__ import annotations
+
+from experiments.tables.schema import DENSE, LOW_RANK, Arm, Claim, Table
+
+CITATION = 'Xu et al., "Trained Rank Pruning for Efficient Deep Neural Networks", arXiv 1812.02402 and 2004.14566'
+CONVOLUTIONS = "layers_.*/conv. -> fit(low_rank(), params={share})"
+LAYERS = "fit(low_rank(), params={share})"
+POST_HOC, NUCLEAR, TRUNCATED, BOTH = "SVD at the end", "Nu", "TRP", "TRP + Nu"
+
+
+def arms(factored: str, only: str, paper: dict[str, float]) -> tuple[Arm, ...]:
+    """What trains the dense weights that are projected at the end, to the same structures in every arm.
+
+    Args:
+      factored: the rules of the projection. only: the sites TRP acts on, a regular expression.
+    """
+    end = {"switch": f"end: {factored}"}
+    method = lambda arguments: {"method": f"trp(every=5, {arguments}, only={only!r})", **end}
+    return (
+        Arm(
+            POST_HOC, end, tuned_with=DENSE, note="plain training, projected after its last step and not trained again"
+        ),
+        Arm(NUCLEAR, method("energy=1.0, nuclear=0.0003"), note="the sub-gradient of the nuclear norm alone"),
+        Arm(TRUNCATED, method("energy=0.9, nuclear=0.0"), note="the truncation alone"),
+        Arm(BOTH, method("energy=0.9, nuclear=0.0003"), paper=paper),
+    )
+
+
+ORDER = (
+    Claim(
+        "the truncation and the nuclear norm together beat the truncation alone",
+        "the paper's comparison",
+        BOTH,
+        TRUNCATED,
+    ),
+    Claim("the truncation beats the nuclear norm alone", "the paper's comparison", TRUNCATED, NUCLEAR),
+    Claim("the nuclear norm beats an SVD of plain weights", "the paper's comparison", NUCLEAR, POST_HOC),
+    Claim("TRP + Nu beats low rank trained from the start", "our ablation", BOTH, LOW_RANK),
+)
+
+RESNET = Table(
+    name="trp",
+    title="Convolutions that train near low rank, factored after the last step",
+    citation=f"{CITATION}; figures of ResNet-20 on CIFAR-10, scheme channel, from the README of its code",
+    bases={"cpu": "digits_resnet"},
+    arms=arms(CONVOLUTIONS.format(share=0.3), "layers_.*", {"resnet": 90.50, "params": 0.10, "flops": 2.17}),
+    reference=BOTH,
+    columns={
+        "resnet": "ResNet-20, CIFAR-10 accuracy, %",
+        "params": "million parameters",
+        "flops": "fewer FLOPs, times",
+    },
+    baselines_paper={DENSE: {"resnet": 91.74, "params": 0.27}},
+    low_rank=CONVOLUTIONS,
+    claims=(
+        *ORDER,
+        Claim(
+            "TRP + Nu ends at most 1.5 points behind dense",
+            "the README, 2.17 times fewer FLOPs",
+            BOTH,
+            DENSE,
+            within=0.015,
+        ),
+    ),
+    remarks={
+        "cpu": (
+            "Every arm ends in the same structures, sized by parameters: the authors choose the ranks of their models by a "
+            "threshold on singular values and those of the baselines by energy, which compares models of other sizes. The "
+            "first convolution, those of 1 x 1 and the head stay dense, as in the paper.",
+        )
+    },
+)
+
+MLP = Table(
+    name="trp_mlp",
+    title="Linear layers that train near low rank, factored after the last step",
+    citation=CITATION,
+    bases={"cpu": "digits"},
+    arms=arms(LAYERS.format(share=0.1), ".*", {}),
+    reference=BOTH,
+    low_rank=LAYERS,
+    claims=ORDER,
+)
+
+TABLES = (RESNET, MLP)
