@@ -28,6 +28,7 @@ class Mask:
       count: entries of the support, of each layer.
       layers: number of each layer among all sites of the model, so that draws do not depend on how layers are stacked.
       stacked: whether the leading axis is there.
+      apart: whether a nonlinearity lies between it and its site's input or output.
     """
 
     place: tuple[str, ...]
@@ -35,6 +36,12 @@ class Mask:
     count: int
     layers: tuple[int, ...]
     stacked: bool
+    apart: bool = False
+
+    @property
+    def gradient(self) -> str:
+        """Whose dense gradient is that by this weight unmasked: the site's, or its own."""
+        return "/".join((*self.place, *self.inner) if self.apart else self.place)
 
     @property
     def weight(self) -> tuple[str, ...]:
@@ -48,14 +55,15 @@ class Mask:
 
 
 def find_masks(sites: Mapping[str, Site], name: str) -> tuple[Mask, ...]:
-    """The masks of a model that the method `name` moves: of dense weights, whole or as terms of sums.
+    """The masks of a model that the method `name` moves: of dense weights, whole or as parts of sums, bottlenecks and parallel
+    branches.
 
     Raises:
       StructureError: there are none, or one whose rule keeps masked weights alive.
     """
     found = []
     for path, place in places(sites).items():
-        for term in place.terms():
+        for term, apart in place.parts():
             bound = term.bound
             if not _movable(bound):
                 continue
@@ -64,7 +72,7 @@ def find_masks(sites: Mapping[str, Site], name: str) -> tuple[Mask, ...]:
                     f"{name}: site {path} is {bound.structure.short()}, whose masked weights go on training; "
                     f"rule='plain' stops them, as in {EXAMPLE}"
                 )
-            found.append(Mask(term.site, term.inner, bound.pattern.count, term.layers, term.stacked))
+            found.append(Mask(term.site, term.inner, bound.pattern.count, term.layers, term.stacked, apart))
     if not found:
         there = dict.fromkeys(site.bound.structure.short() for site in sites.values())
         raise StructureError(

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from structmat.nn import Site, leaf_groups
 from structmat.structures import Bound
 from structmat.structures.algebra import BoundSum
+from structmat.structures.bottleneck import BoundBottleneck
+from structmat.structures.parallel_branches import BoundParallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,21 @@ class Place:
             return
         for i, term in enumerate(self.bound.terms):
             yield from dataclasses.replace(self, inner=(*self.inner, str(i)), bound=term).terms()
+
+    def parts(self, apart: bool = False) -> Iterator[tuple[Place, bool]]:
+        """As `terms`, also within what puts nonlinearities between its parts; of each whether one follows it (or precedes
+        it), so that its gradient is not the site's."""
+        bound = self.bound
+        if isinstance(bound, BoundBottleneck):
+            inner = (bound.a, bound.b)
+        elif isinstance(bound, BoundSum | BoundParallel):
+            inner = bound.terms if isinstance(bound, BoundSum) else bound.branches.terms
+        else:
+            yield self, apart
+            return
+        apart = apart or not isinstance(bound, BoundSum)
+        for i, part in enumerate(inner):
+            yield from dataclasses.replace(self, inner=(*self.inner, str(i)), bound=part).parts(apart)
 
 
 def places(sites: Mapping[str, Site]) -> dict[str, Place]:

@@ -84,8 +84,8 @@ class MoveSupport:
 
     @property
     def needs_dense_gradients(self) -> tuple[str, ...]:
-        """Those of the masked sites, to grow by them."""
-        return tuple("/".join(mask.place) for mask in self.masks) if self.grow == "gradient" else ()
+        """Those of the masked sites, or of the masked weights themselves, to grow by them."""
+        return tuple(mask.gradient for mask in self.masks) if self.grow == "gradient" else ()
 
     def init(self, sites: Mapping[str, Site], state: Any) -> dict[str, Any]:
         """Nothing."""
@@ -104,7 +104,7 @@ class MoveSupport:
             own = jax.random.fold_in(key, self._number(i))
             keys = jax.vmap(lambda n, own=own: jax.random.fold_in(own, n))(jnp.array(mask.layers))
             if self.grow == "gradient":
-                score = jnp.abs(dense_grads["/".join(mask.place)])
+                score = jnp.abs(dense_grads[mask.gradient])
             else:
                 draw = lambda k, shape=w.shape[-2:]: jax.random.uniform(k, shape)
                 score = jax.vmap(draw)(keys) if mask.stacked else draw(keys[0])

@@ -12,6 +12,7 @@ from structmat.structures.lost import Lost
 from structmat.structures.masked import Masked
 from structmat.structures.normalized import Dora, FakeQuantized, WeightNorm
 from structmat.structures.ordered import Ordered
+from structmat.structures.parallel_branches import Parallel
 from structmat.structures.rebuilt import Rebuilt
 from structmat.structures.recipe import Structure
 from structmat.structures.sst import Sst
@@ -81,7 +82,7 @@ COMBINATORS: dict[str, type[Structure]] = {
     "weight_norm": WeightNorm,
 }
 
-NONLINEAR: dict[str, type[Structure]] = {"bottleneck": Bottleneck, "lost": Lost}
+NONLINEAR: dict[str, type[Structure]] = {"bottleneck": Bottleneck, "lost": Lost, "parallel": Parallel}
 """What stands where a matrix does, and is none."""
 
 TRAINED: dict[str, type[Structure]] = {"ordered": Ordered, "sst": Sst}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from structmat.nn import PROBE, Site, leaf_groups
 from structmat.nn.sites import array_path
+from structmat.sparse.masks import get, put
 from structmat.training.state import TrainState
 
 DenseGradients = dict[str, jax.Array]
@@ -20,7 +21,8 @@ class Rule(Protocol):
     """A pure update of the whole state; `repr` of it is part of a run's identity, so make it a frozen dataclass.
 
     `needs_dense_gradients` asks for a second evaluation of the loss, only on the steps that are `due`: True for the
-    gradients of all sites, or the array paths of those wanted, which saves the others' memory.
+    gradients of all sites, or the array paths of those wanted, which saves the others' memory. A path into a site
+    (`layers_0/1`) is that of a masked dense weight there, and asks for the gradient by it as if nothing were masked.
     """
 
     needs_dense_gradients: bool | tuple[str, ...]
@@ -36,7 +38,10 @@ class Rule(Protocol):
 
 
 def dense_gradients(
-    loss: Callable[[Mapping[str, Any]], jax.Array], variables: Mapping[str, Any], sites: Mapping[str, Site]
+    loss: Callable[[Mapping[str, Any]], jax.Array],
+    variables: Mapping[str, Any],
+    sites: Mapping[str, Site],
+    masked: Sequence[str] = (),
 ) -> DenseGradients:
     """Gradient of the loss by the materialised matrix of every site.
 
@@ -47,9 +52,10 @@ def dense_gradients(
       loss: variables -> scalar.
       variables: collections of the model, `params` and `frozen`.
       sites: of the model.
+      masked: paths of masked dense weights within sites.
 
     Returns:
-      array path -> (d_in, d_out) f32, with a leading axis over the layers of a scanned group.
+      array path -> (d_in, d_out) f32, with a leading axis over the layers of a scanned group; so for `masked`.
     """
     probe: dict[str, Any] = {}
     for place, (_, site) in leaf_groups(sites).items():
@@ -58,8 +64,20 @@ def dense_gradients(
         for part in place:
             node = node.setdefault(part, {})
         node["weight"] = jnp.zeros((*stack, site.bound.d_in, site.bound.d_out), jnp.float32)
-    grads = jax.grad(lambda p: loss({**variables, PROBE: p}))(probe)
-    out = {}
+    places = {path: tuple(path.split("/")) for path in masked}
+    params, frozen, kernels = variables["params"], variables.get("frozen", {}), {}
+    for path, place in places.items():
+        mask = get(frozen, (*place, "mask"))
+        kernels[path] = jnp.where(mask, get(params, (*place, "weights", "kernel")), 0)
+        frozen = put(frozen, (*place, "mask"), jnp.ones_like(mask))
+
+    def of(probe: Any, kernels: Mapping[str, jax.Array]) -> jax.Array:
+        own = params
+        for path, place in places.items():
+            own = put(own, (*place, "weights", "kernel"), kernels[path])
+        return loss({**variables, "params": own, "frozen": frozen, PROBE: probe})
+
+    grads, out = jax.grad(of, argnums=(0, 1))(probe, kernels)
     for place in leaf_groups(sites):
         node = grads
         for part in place:
@@ -74,6 +92,12 @@ def wanted_sites(rule: Rule, sites: Mapping[str, Site]) -> dict[str, Site]:
     if isinstance(asked, bool):
         return dict(sites) if asked else {}
     return {path: site for path, site in sites.items() if "/".join(array_path(path, site)) in asked}
+
+
+def wanted_parts(rule: Rule, sites: Mapping[str, Site]) -> tuple[str, ...]:
+    """The paths into sites that a rule asks for."""
+    asked, known = rule.needs_dense_gradients, {"/".join(array_path(path, site)) for path, site in sites.items()}
+    return () if isinstance(asked, bool) else tuple(path for path in asked if path not in known)
 
 
 def dense_gradient_of(path: str, site: Site, dense_grads: DenseGradients) -> jax.Array:

@@ -11,7 +11,7 @@ import optax
 
 from structmat.nn.method import Penalty, View
 from structmat.training.accumulate import mean_over_parts
-from structmat.training.rule import Rule, dense_gradients, wanted_sites
+from structmat.training.rule import Rule, dense_gradients, wanted_parts, wanted_sites
 from structmat.training.state import TrainState, variables_of
 from structmat.training.task import Batch, Task, Variables
 
@@ -75,8 +75,9 @@ def make_step(
 
         def act(now: TrainState) -> TrainState:
             grads = {}
-            if wanted := wanted_sites(rule, table):
-                grads = dense_gradients(lambda v: whole_loss(v, dropout, batch), variables_of(now), wanted)
+            wanted, parts = wanted_sites(rule, table), wanted_parts(rule, table)
+            if wanted or parts:
+                grads = dense_gradients(lambda v: whole_loss(v, dropout, batch), variables_of(now), wanted, parts)
             return rule.update(jax.random.fold_in(key, RULE), now.step, grads, now)
 
         if rule is not None:
