@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from experiments.tables import lost, maestro, monarch, rates, rigl, scaling, sltrain, sst, trp
+from experiments.tables import (
+    householder,
+    kronecker,
+    lost,
+    maestro,
+    monarch,
+    rates,
+    rigl,
+    scaling,
+    sltrain,
+    sparse_ift,
+    sst,
+    trp,
+)
 from experiments.tables.schema import Table, TableError
 from structmat.structures.errors import suggest
 
-_PAPERS = (monarch, rates, sltrain, lost, rigl, trp, scaling, sst, maestro)
+_PAPERS = (monarch, rates, sltrain, lost, rigl, trp, scaling, sst, maestro, sparse_ift, kronecker, householder)
 TABLES: dict[str, Table] = {table.name: table for paper in _PAPERS for table in paper.TABLES}
 
 
