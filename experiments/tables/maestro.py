@@ -72,13 +72,13 @@ def ranks(results: Results) -> str:
     rows = [row for line in results.lines if (row := _row(line))]
     if not rows:
         return ""
-    head = "| arm | share of the dense parameters | ranks, seed 0 |\n| --- | --- | --- |\n"
+    head = "| arm | share of the dense parameters | ranks, first seed |\n| --- | --- | --- |\n"
     return "What is left of the linear layers after training, mean over seeds:\n\n" + head + "\n".join(rows)
 
 
 def _row(line: Line) -> str:
     ended = [r.record.metrics for r in line.results if r and not r.failed]
-    found: list[Mapping[str, Any]] = [m["method_report"] for m in ended if m["method_report"]]
+    found: list[Mapping[str, Any]] = [m["method_report"] for m in ended if m.get("method_report")]
     if not found:
         return ""
     share = statistics.fmean(report["site_params"] / report["dense_site_params"] for report in found)
