@@ -24,11 +24,17 @@ def params_of(config: ConfigDict) -> int:
 
 
 def dense_small(config: ConfigDict, params: int) -> ConfigDict | None:
-    """The widest dense model with at most `params` parameters, in whole heads where the model has them; None if there is
-    none."""
-    unit = config.model.get("heads", 1)
-    low, high = 1, config.model.width // unit
-    at = lambda heads: with_model(config, "dense()", width=heads * unit)
+    """The widest dense model with at most `params` parameters, in whole heads where the model has them (of even size where
+    its positions are rotary), with `hidden` in proportion; None if there is none."""
+    m = config.model
+    unit = m.get("heads", 1) * (2 if "kv_heads" in m else 1)
+    low, high = 1, m.width // unit
+
+    def at(units: int) -> ConfigDict:
+        width = units * unit
+        hidden = {"hidden": max(1, round(m.hidden * width / m.width))} if "hidden" in m else {}
+        return with_model(config, "dense()", width=width, **hidden)
+
     if params_of(at(1)) > params:
         return None
     while low < high:

@@ -4,6 +4,7 @@
     python -m experiments.tables run NAME|all --scale=cpu [--budget=60m]
     python -m experiments.tables run NAME|all --scale=gpu --sweep=commands      # one command per missing run
     python -m experiments.tables show NAME [--scale=cpu]
+    python -m experiments.tables check NAME|all --scale=paper [--budget=60m]     # compile for a pod; needs libtpu
     python -m experiments.tables report
 
 Runs are known by their content and shared between tables; a command that was stopped goes on where it was.
@@ -24,6 +25,7 @@ from rich.table import Table as Grid
 
 from experiments import cli
 from experiments.own_flags import OwnFlags
+from experiments.tables import check as checking
 from experiments.tables.plan import Run, plan
 from experiments.tables.registry import TABLES, table_of
 from experiments.tables.report import report
@@ -32,10 +34,11 @@ from experiments.tables.runner import execute, missing, run_table
 from experiments.tables.schema import SCALES, Table, TableError
 from experiments.tables.show import caption, grid, verdicts
 from experiments.tables.store import Store
+from structmat.data.errors import DataError
 from structmat.structures.errors import suggest
-from structmat.training.record import RecordError
+from structmat.training.record import Record, RecordError
 
-COMMANDS = ("list", "run", "show", "report")
+COMMANDS = ("list", "run", "show", "check", "report")
 SWEEPS = ("print", "commands")
 flags = OwnFlags()
 SCALE = flags.DEFINE_enum("scale", "cpu", SCALES, "which size of task")
@@ -66,7 +69,11 @@ def show_list(folder: Path, console: Console) -> None:
     for table in TABLES.values():
         for scale in table.bases:
             store = Store(folder, scale)
-            made = plan(table, scale, store)
+            try:
+                made = plan(table, scale, store)
+            except DataError as error:
+                lines.add_row(table.name, scale, "", "", str(error).split(":")[0], table.title)
+                continue
             runs = made.runs()
             done = sum(store.read(run.key) is not None for run in runs)
             status = [v.status if v else "not decided" for _, v in verdicts(results_of(made, store))]
@@ -103,6 +110,23 @@ def run(tables: Sequence[Table]) -> None:
             break
 
 
+def check_all(tables: Sequence[Table], console: Console) -> None:
+    """Compile the arms for their pods, and write what came of it; ends with code 1 where one does not fit."""
+    out = Path(OUT.value) / SCALE.value / "check.json"
+    rows = checking.check(tables, SCALE.value, out, seconds_of(BUDGET.value) / 60)
+    if not rows:
+        return
+    head, table, tail = checking.page(rows, Record.read(out))
+    with out.with_suffix(".md").open("w") as file:
+        written = Console(file=file, width=300)
+        for part in (head, table, "\n" + tail):
+            written.print(part, soft_wrap=True, markup=False)
+    console.print(checking.grid(rows, box.ROUNDED))
+    console.print(f"{tail} written: {out}, {out.with_suffix('.md')}")
+    if not all(r["fits"] for r in rows):
+        sys.exit("some arms do not fit")
+
+
 def show(table: Table, console: Console) -> None:
     """Print a table."""
     store = Store(Path(OUT.value), SCALE.value)
@@ -124,6 +148,8 @@ def main(argv: Sequence[str]) -> None:
             show_list(Path(OUT.value), console)
         elif command == "report":
             print(f"written: {report(list(TABLES.values()), Path(OUT.value))}")
+        elif command == "check":
+            check_all(_at_scale(names), console)
         elif SWEEP.value:
             sweep(_at_scale(names), SWEEP.value)
         elif command == "run":
@@ -148,7 +174,7 @@ def _parsed(argv: Sequence[str]) -> tuple[str, list[str]]:
         raise app.UsageError(f"no command {command!r}" + suggest(command, COMMANDS))
     if command in ("list", "report") and names:
         raise app.UsageError(f"{command} takes no table, got {names[0]!r}")
-    if command in ("run", "show") and not names:
+    if command in ("run", "show", "check") and not names:
         raise app.UsageError(f"{command} needs a table, or all; there are {', '.join(TABLES)}")
     return command, names
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from configs import gpt2, llama
 from experiments.tables.schema import SCALES, TableError
 from structmat.structures.errors import suggest
 from structmat.training.config import default
@@ -21,7 +22,9 @@ class Base:
       metric: held-out figure arms are compared by, and its heading. lower: whether less is better.
       others: further held-out figures to show, by name.
       seeds: how many.
-      rates: multiples of the config's learning rate that are tried when an arm is tuned.
+      rates: multiples of the config's learning rate that are tried when an arm is tuned; a single one is not tried but
+        taken.
+      pod: topology its configs are compiled for by `python -m experiments.tables check`.
     """
 
     make: Callable[[], ConfigDict]
@@ -30,6 +33,7 @@ class Base:
     others: tuple[str, ...] = ()
     seeds: int = 3
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
+    pod: str = ""
 
 
 def digits() -> ConfigDict:
@@ -80,12 +84,39 @@ def teacher() -> ConfigDict:
     return config
 
 
+def wikitext103() -> ConfigDict:
+    """GPT-2 small on WikiText-103: the rate, decay, batch and 100 epochs of the Monarch paper's repository, an epoch being
+    taken as 118 million tokens of GPT-2's vocabulary."""
+    config = gpt2.get_config("small")
+    config.update(steps=100 * 118_000_000 // (512 * 1024))
+    config.optim.update(lr=6e-4, weight_decay=0.1, warmup=0.01, clip=1.0)
+    config.data.root = "data/wikitext103/tokens"
+    return config
+
+
+def openwebtext() -> ConfigDict:
+    """GPT-2 medium on OpenWebText, with the schedule of `configs/gpt2.py`: the paper's own is not known to us."""
+    config = gpt2.get_config("medium")
+    config.data.root = "data/openwebtext/tokens"
+    return config
+
+
+def c4_60m() -> ConfigDict:
+    """LLaMA 60M on C4 with the schedule of SLTrain's scripts."""
+    config = llama.get_config("60m")
+    config.data.root = "data/c4/tokens"
+    return config
+
+
 BASES: dict[tuple[str, str], Base] = {
     ("cpu", "digits"): Base(digits, "loss", others=("accuracy",), seeds=5),
     ("cpu", "digits_resnet"): Base(digits_resnet, "accuracy", lower=False, others=("loss",), seeds=5),
     ("cpu", "teacher"): Base(teacher, "mse"),
     ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte"),
     ("gpu", "bytes"): Base(bytes_gpu, "bits_per_byte"),
+    ("paper", "wikitext103"): Base(wikitext103, "bits_per_token", rates=(1.0,), pod="v5e:4x4"),
+    ("paper", "openwebtext"): Base(openwebtext, "bits_per_token", rates=(1.0,), pod="v5e:4x4"),
+    ("paper", "c4_60m"): Base(c4_60m, "bits_per_token", rates=(0.33, 1.0), pod="v5e:4x4"),
 }
 """(scale, name) -> Base."""
 

@@ -87,8 +87,8 @@ def plan(table: Table, scale: str, store: Store) -> Plan:
     tried: dict[str, tuple[Run, ...]] = {}
     for arm, config in arms_of(table, scale):
         if not arm.tuned_with:
-            tried[arm.name] = _trials(arm.name, config, base)
-            rates[arm.name] = best_rate(tried[arm.name], base, store)
+            tried[arm.name] = _trials(arm.name, config, base) if len(base.rates) > 1 else ()
+            rates[arm.name] = best_rate(tried[arm.name], base, store) if len(base.rates) > 1 else base.rates[0]
     rows = []
     for arm, config in arms_of(table, scale):
         rate = rates[arm.tuned_with or arm.name]
@@ -101,7 +101,8 @@ def plan(table: Table, scale: str, store: Store) -> Plan:
 def arms_of(table: Table, scale: str) -> tuple[tuple[Arm, ConfigDict], ...]:
     """Every arm with its config: the baselines first, sized by the table's reference arm."""
     start = base_of(scale, table.bases[scale]).make()
-    own = [(arm, changed(start, arm.changes, f"table {table.name}, arm {arm.name!r}")) for arm in table.arms]
+    place = lambda arm: f"table {table.name}, arm {arm.name!r}"
+    own = [(arm, changed(start, {**arm.changes, **arm.at.get(scale, {})}, place(arm))) for arm in table.arms]
     params = _size(table, start, next(config for arm, config in own if arm.name == table.reference))
     paper = lambda name: dict(table.baselines_paper.get(name, {}))
     rows = [(Arm(DENSE, paper=paper(DENSE)), start)]

@@ -48,15 +48,18 @@ def text_of(name: str, width: int) -> str:
     """The structure of a square layer; all but Monarch with about 2 width^1.5 multiply-adds, it with twice a quarter."""
     root = math.isqrt(width)
     btt = "block_tensor_train(rank=1, order='blocked')"
-    return HIDDEN + {
-        "block tensor train": btt,
-        "block tensor train, dense rate": btt,
-        "block tensor train, weight norm": f"weight_norm({btt})",
-        "monarch": "monarch(blocks=4, order='blocked')",
-        "low rank": f"low_rank(rank={root})",
-        "kronecker": "kronecker()",
-        "tensor train": "tensor_train(rank=2)",
-    }[name]
+    return (
+        HIDDEN
+        + {
+            "block tensor train": btt,
+            "block tensor train, dense rate": btt,
+            "block tensor train, weight norm": f"weight_norm({btt})",
+            "monarch": "monarch(blocks=4, order='blocked')",
+            "low rank": f"low_rank(rank={root})",
+            "kronecker": "kronecker()",
+            "tensor train": "tensor_train(rank=2)",
+        }[name]
+    )
 
 
 def arms() -> tuple[Arm, ...]:
@@ -98,7 +101,9 @@ def fits(results: Results) -> str:
         own = exponents(found)
         low, high = interval(own)
         paper = [f"{v:.3f}" for v in PAPER[name]] if name in PAPER else ["", ""]
-        rows.append(f"| {name} | {len(found)} | {np.mean(own):.3f} | {low:.3f} to {high:.3f} | {paper[0]} | {paper[1]} |")
+        rows.append(
+            f"| {name} | {len(found)} | {np.mean(own):.3f} | {low:.3f} to {high:.3f} | {paper[0]} | {paper[1]} |"
+        )
     if not rows:
         return "No structure has three widths yet, so no exponent is fitted."
     head = "| exponent of the error against FLOPs | widths | ours | 95% interval over seeds | paper: CIFAR-10 | paper: CIFAR-100 |"

@@ -28,6 +28,7 @@ class Arm:
       tuned_with: arm whose learning rate it takes; "" if its own is tuned. Arms of one family share a rate.
       paper: column -> the paper's figure for this arm.
       note: one sentence for readers.
+      at: scale -> further changes there, such as the paper's own rank at the paper's own width.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Arm:
     tuned_with: str = ""
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
     note: str = ""
+    at: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,7 @@ def test_the_papers_counts_come_out(entry):
     assert counted(entry)["params"] / 1e6 == pytest.approx(entry.params, rel=0.015)
 
 
+@pytest.mark.long
 def test_the_page_has_both_columns(tmp_path):
     rows = [counted(entry) for entry in ENTRIES[:2]]
     record = Record.create(name="x", kind="tables", config={}, structures={"a": "dense()"}, seed=0, data_hash="",

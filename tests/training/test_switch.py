@@ -99,7 +99,10 @@ def test_a_switch_at_the_end_projects_what_was_trained(method, tmp_path, caplog)
     trained = loop.train(alone, tmp_path / "alone")
     (row,) = record.metrics["switches"]
     assert row["step"] == 8 and row["heldout_before"] == trained.metrics["heldout"] != record.metrics["heldout"]
-    assert record.structures["layers_0"] == "low_rank(rank=4, init='spectral', train=None)" and record.metrics["step_seconds"] > 0
+    assert (
+        record.structures["layers_0"] == "low_rank(rank=4, init='spectral', train=None)"
+        and record.metrics["step_seconds"] > 0
+    )
     assert record.metrics["params"] == 4 * (64 + 16) + 16 + 170
     ours, dense = load_run(tmp_path / "whole"), load_run(tmp_path / "alone")
     w, a = (np.asarray(run.task.table["layers_0"].bound.materialize(_site(run))) for run in (dense, ours))

@@ -7,6 +7,7 @@ from experiments.tables.plan import arms_of
 from experiments.tables.results import cost_of
 
 
+@pytest.mark.long
 def test_arms_that_are_compared_have_the_flops_they_claim():
     flops = {arm.name: cost_of(config).flops for arm, config in arms_of(scaling.SCALING, "cpu")}
     btt = flops["block tensor train, 1024"]

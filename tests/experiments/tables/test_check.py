@@ -1,0 +1,78 @@
+"""Configs at the papers' own scale: what they are, and that each arm's step is compiled once."""
+
+import dataclasses
+
+import pytest
+
+from experiments.tables import check as checking
+from experiments.tables.bases import BASES
+from experiments.tables.plan import arms_of, plan
+from experiments.tables.registry import TABLES
+from experiments.tables.schema import DENSE, TableError
+from experiments.tables.store import Store
+from structmat.data.errors import DataError
+
+PAPER = [table for table in TABLES.values() if "paper" in table.bases]
+
+
+def configs(name):
+    return {arm.name: config for arm, config in arms_of(TABLES[name], "paper")}
+
+
+@pytest.mark.long
+def test_the_papers_own_sizes_and_schedules():
+    small = configs("monarch")["monarch"]
+    assert (small.model.width, small.batch, small.model.context, small.optim.lr) == (768, 512, 1024, 6e-4)
+    assert small.steps == 22506 and not small.mup.enabled and small.data.root == "data/wikitext103/tokens"
+    own = configs("sltrain")
+    assert own["sltrain"].structure == (
+        "scaled(low_rank(rank=128, init='paper'), s=0.25) + random_sparse(density=0.03, init='paper')"
+    )
+    assert (own["sltrain"].optim.lr, own["sltrain"].steps, own[DENSE].structure) == (3e-3, 11_000, "dense()")
+    assert own["sltrain, 8-bit moments"].optim.name == "adamw_8bit"
+
+
+def test_runs_at_that_scale_ask_for_the_data(tmp_path):
+    with pytest.raises(DataError, match="data/wikitext103/tokens"):
+        plan(TABLES["monarch"], "paper", Store(tmp_path, "paper"))
+
+
+def test_every_scale_of_every_table_has_a_base_and_paper_ones_a_pod():
+    for table in TABLES.values():
+        for scale, name in table.bases.items():
+            assert bool(BASES[scale, name].pod) == (scale == "paper")
+    assert {"monarch", "monarch_s2d", "sltrain", "lost"} <= {table.name for table in PAPER}
+
+
+@dataclasses.dataclass
+class Step:
+    program: str
+
+
+class Found:
+    def __init__(self, step):
+        self.step = step
+
+    def row(self):
+        numbers = dict.fromkeys(("compute", "memory", "network", "peak", "params"), 1.0)
+        return numbers | {"fits": True, "program": self.step.program, "pod": "v5e:4x4", "hbm": 2.0, "mfu": [0.5, 0.4]}
+
+
+@pytest.mark.long
+def test_rows_are_kept_and_equal_programs_are_compiled_once(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(checking, "lower", lambda config, pod: Step(f"{config.structure} on {pod}"))
+    monkeypatch.setattr(checking, "account", lambda step: (compiled.append(step.program), Found(step))[1])
+    out = tmp_path / "paper" / "check.json"
+    table = TABLES["monarch_s2d"]
+    assert checking.check([table], "paper", out, 0) == []
+    rows = checking.check([table], "paper", out, 10)
+    assert [r["arm"] for r in rows] == [arm.name for arm, _ in arms_of(table, "paper")]
+    assert len(compiled) == len(set(compiled)) < len(rows) and all(p.endswith("v5e:4x4") for p in compiled)
+    assert checking.check([table], "paper", out, 10) == rows and len(compiled) == len(set(compiled))
+    head, grid, tail = checking.page(rows, checking.Record.read(out))
+    assert tail == f"{len(rows)} of {len(rows)} fit." and len(grid.rows) == len(rows) and "nothing ran" in head
+    with pytest.raises(TableError, match="table rigl has no scale 'paper'"):
+        checking.check([TABLES["rigl"]], "paper", out, 10)
+    with pytest.raises(TableError, match="runs at scale cpu need no pod"):
+        checking.check([TABLES["rigl"]], "cpu", out, 10)
