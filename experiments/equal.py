@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from structmat.structures import Rules, Structure, StructureError
 from structmat.training.config import validate
 from structmat.training.errors import ConfigError
 
@@ -55,13 +57,19 @@ def of_share(config: ConfigDict, text: str, params: int, precision: float = 1 / 
     """
     at = lambda share: with_model(config, text.format(share=round(share, 6)))
 
+    dense = validate(with_model(config, "dense()"))
+    kinds = {path: site.kind for path, site in dense.table.items()}
+
     def fits(steps: int) -> bool:
+        """Counted by site: tracing the model at every share would take seconds each."""
+        size = dense.params
         try:
-            return params_of(at(steps * precision)) <= params
-        except ConfigError as error:
-            if error.field == "structure":
-                return True  # no member is so small
-            raise
+            for path, structure in Rules.of(at(steps * precision).structure).matched(kinds).items():
+                site = dense.table[path]
+                size += _params(structure, site.bound.in_shape, site.bound.out_shape) - site.bound.params
+        except StructureError:
+            return True  # no member is so small
+        return size <= params
 
     low, high = 0, round(1 / precision)
     while low < high:
@@ -71,3 +79,8 @@ def of_share(config: ConfigDict, text: str, params: int, precision: float = 1 / 
     if found is None or params_of(found) > params:
         raise ConfigError("structure", text, f"no member has at most {params:,} parameters in all")
     return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _params(structure: Structure, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> int:
+    return structure.bind(in_shape, out_shape).params

@@ -7,6 +7,7 @@ the program sends over which axis. Rows are kept in `--out` as they finish. No T
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -25,11 +26,12 @@ from experiments.own_flags import OwnFlags
 from experiments.pod_step import Pod, account, lower
 from experiments.rows import within
 from structmat.parallel import plan, replicated
-from structmat.structures import FAMILIES, StructureError, parse
-from structmat.training.config import default
+from structmat.structures import FAMILIES, parse
+from structmat.training.config import default, validate
+from structmat.training.errors import ConfigError
 from structmat.training.record import Record
 
-POD = Pod("v5e:2x4")
+POD, POD_DEVICES = Pod("v5e:2x4"), 8
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 WIDTH = 1024
 CONTEXT = 255
@@ -54,21 +56,27 @@ def config_of(structure: str) -> ConfigDict:
     return config
 
 
+SCOPES = ("", ".*/attn/.* -> ", ".*/(attn/[kv]|mlp/up) -> ", ".*/attn/[kv] -> ")
+"""All linear sites; the square ones; those that do not start at zero, for families that cannot; the square ones of these."""
+
+
+@functools.cache
 def real_families() -> dict[str, str]:
-    """Family -> its example as rules, for those a model of real numbers takes: of all linear sites, or of the square ones of
-    attention where a family is square."""
+    """Family -> its example as rules, for those a model of real numbers takes, at the first of SCOPES that it fits."""
     found = {}
     for name, family in FAMILIES.items():
         example = parse(family.about.example)
-        if example.bind(WIDTH, WIDTH).is_complex:
-            continue
-        try:
-            for shape in ((WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)):
-                example.bind(*shape)
-            found[name] = family.about.example
-        except StructureError:
-            found[name] = f".*/attn/.* -> {family.about.example}"
+        if not example.bind(WIDTH, WIDTH).is_complex:
+            found[name] = next(rules for scope in SCOPES if _valid(rules := scope + family.about.example))
     return found
+
+
+def _valid(rules: str) -> bool:
+    try:
+        validate(config_of(rules), POD_DEVICES)
+    except ConfigError:
+        return False
+    return True
 
 
 def compiled(family: str, structure: str) -> dict[str, Any]:
