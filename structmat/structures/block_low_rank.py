@@ -58,7 +58,7 @@ class BlockLowRank(Structure):
         self._blocks(in_shape, out_shape)
         self.required("rank")
         full = min(math.prod(in_shape) // self.in_blocks, math.prod(out_shape) // self.out_blocks)
-        self.choose("rank", list(range(1, full + 1)), in_shape, out_shape)
+        self.choose("rank", range(1, full + 1), in_shape, out_shape)
         return BoundBlockLowRank(self, in_shape, out_shape, self.in_blocks, self.out_blocks, self.rank, "blocked")
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:

@@ -55,7 +55,7 @@ class CP(Structure):
         ins, outs = self._axes(in_shape, out_shape)
         most = largest_rank(ins + outs)
         if self.rank > most:
-            self.choose("rank", list(range(max(1, most - 5), most + 1)), in_shape, out_shape)
+            self.choose("rank", range(max(1, most - 5), most + 1), in_shape, out_shape)
         return BoundCP(self, in_shape, out_shape, CPFormat(ins + outs, self.rank), len(ins))
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:

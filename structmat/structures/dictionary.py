@@ -73,8 +73,8 @@ class Dictionary(Structure):
 
     def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundDictionary:
         self.required("atoms", "nonzeros")
-        self.choose("atoms", list(range(1, math.prod(out_shape) + 1)), in_shape, out_shape)
-        self.choose("nonzeros", list(range(1, min(self.atoms, math.prod(in_shape)) + 1)), in_shape, out_shape)
+        self.choose("atoms", range(1, math.prod(out_shape) + 1), in_shape, out_shape)
+        self.choose("nonzeros", range(1, min(self.atoms, math.prod(in_shape)) + 1), in_shape, out_shape)
         return BoundDictionary(self, in_shape, out_shape)
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:

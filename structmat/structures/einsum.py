@@ -108,7 +108,7 @@ class Einsum(Structure):
     def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundEinsum:
         full = self._factored(in_shape, out_shape)
         full.required("rank")
-        full.choose("rank", list(range(1, full._most() + 1)), in_shape, out_shape)
+        full.choose("rank", range(1, full._most() + 1), in_shape, out_shape)
         return BoundEinsum(full, in_shape, out_shape)
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:

@@ -1,5 +1,6 @@
 """The one error type of structures, and how a wrong name is answered."""
 
+import bisect
 import difflib
 from collections.abc import Iterable
 
@@ -19,5 +20,8 @@ def suggest(name: str, valid: Iterable[str]) -> str:
 
 def nearest(value: int, valid: Iterable[int], count: int = 6) -> str:
     """The `count` members of `valid` nearest to `value`, ascending, as text."""
+    if isinstance(valid, range) and len(valid) > 2 * count:  # sizes may be in the billions
+        middle = min(max(bisect.bisect_left(valid, value), count), len(valid) - count)
+        valid = valid[middle - count : middle + count]
     near = sorted(sorted(valid, key=lambda v: abs(v - value))[:count])
     return ", ".join(map(str, near)) or "none"

@@ -51,7 +51,7 @@ class Householder(Structure):
     def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundHouseholder:
         self.required("reflections")
         full = min(math.prod(in_shape), math.prod(out_shape))
-        self.choose("reflections", list(range(1, full + 1)), in_shape, out_shape)
+        self.choose("reflections", range(1, full + 1), in_shape, out_shape)
         return BoundHouseholder(self, in_shape, out_shape)
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:

@@ -73,7 +73,7 @@ class Kronecker(Structure):
     def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundKronecker:
         full = self._resolve(in_shape, out_shape)
         full = dataclasses.replace(full, terms=full.terms or 1)
-        full.choose("terms", list(range(1, full._most() + 1)), in_shape, out_shape)
+        full.choose("terms", range(1, full._most() + 1), in_shape, out_shape)
         return BoundKronecker(full, in_shape, out_shape)
 
     def _most(self) -> int:

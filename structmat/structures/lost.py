@@ -56,7 +56,7 @@ class Lost(Structure):
     def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundLost:
         self.required("rank", "density")
         d_in, full = math.prod(in_shape), min(math.prod(in_shape), math.prod(out_shape))
-        self.choose("rank", list(range(1, full + 1)), in_shape, out_shape)
+        self.choose("rank", range(1, full + 1), in_shape, out_shape)
         if round(self.density * d_in) < 1:
             raise StructureError(
                 f"lost: density={self.density} leaves none of {d_in} channels; smallest density is {1 / d_in:.6g}"

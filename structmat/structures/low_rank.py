@@ -43,7 +43,7 @@ class LowRank(Structure):
 
     def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundLowRank:
         self.required("rank")
-        self.choose("rank", list(range(1, _full(in_shape, out_shape) + 1)), in_shape, out_shape)
+        self.choose("rank", range(1, _full(in_shape, out_shape) + 1), in_shape, out_shape)
         return BoundLowRank(self, in_shape, out_shape)
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:

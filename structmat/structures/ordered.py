@@ -39,7 +39,7 @@ class Ordered(Structure):
         full = min(math.prod(in_shape), math.prod(out_shape))
         if self.rank is None:
             return BoundOrdered(dataclasses.replace(self, rank=full), in_shape, out_shape)
-        self.choose("rank", list(range(1, full + 1)), in_shape, out_shape)
+        self.choose("rank", range(1, full + 1), in_shape, out_shape)
         return BoundOrdered(self, in_shape, out_shape)
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from structmat.structures.errors import StructureError, nearest
@@ -63,7 +64,7 @@ class Structure(Named):
                     f"{self.name} needs {name}=...; set it, or let fit({self.name}(...), params=0.25) choose it"
                 )
 
-    def choose(self, argument: str, valid: list[int], in_shape: Shape, out_shape: Shape) -> None:
+    def choose(self, argument: str, valid: Sequence[int], in_shape: Shape, out_shape: Shape) -> None:
         """Refuse an int argument that is not among `valid` for these sizes."""
         value = getattr(self, argument)
         if value not in valid:

@@ -43,7 +43,7 @@ class Spectral(Structure):
         full = min(math.prod(in_shape), math.prod(out_shape))
         if self.rank is None:
             return BoundSpectral(dataclasses.replace(self, rank=full), in_shape, out_shape)
-        self.choose("rank", list(range(1, full + 1)), in_shape, out_shape)
+        self.choose("rank", range(1, full + 1), in_shape, out_shape)
         return BoundSpectral(self, in_shape, out_shape)
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:

@@ -40,7 +40,7 @@ class Sst(Structure):
     def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundSst:
         self.required("rank")
         full = min(math.prod(in_shape), math.prod(out_shape))
-        self.choose("rank", list(range(1, full + 1)), in_shape, out_shape)
+        self.choose("rank", range(1, full + 1), in_shape, out_shape)
         return BoundSst(self, in_shape, out_shape)
 
 

@@ -58,7 +58,7 @@ class TensorRing(Structure):
     def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundTensorRing:
         self.required("rank")
         modes = self._modes(in_shape, out_shape)
-        self.choose("rank", list(range(1, enough_rank(modes) + 1)), in_shape, out_shape)
+        self.choose("rank", range(1, enough_rank(modes) + 1), in_shape, out_shape)
         return BoundTensorRing(self, in_shape, out_shape, TensorRingFormat.of(modes, self.rank))
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:

@@ -51,7 +51,7 @@ class TensorTrain(Structure):
     def _bind(self, in_shape: Shape, out_shape: Shape) -> BoundTensorTrain:
         self.required("rank")
         modes = self._modes(in_shape, out_shape)
-        self.choose("rank", list(range(1, max(maximal_ranks(modes)) + 1)), in_shape, out_shape)
+        self.choose("rank", range(1, max(maximal_ranks(modes)) + 1), in_shape, out_shape)
         return BoundTensorTrain(self, in_shape, out_shape, TensorTrainFormat.of(modes, self.rank))
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:

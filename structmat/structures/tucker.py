@@ -65,7 +65,7 @@ class Tucker(Structure):
         ins, outs = self._axes(in_shape, out_shape)
         if isinstance(self.rank, int):
             most = max(useful_ranks(ins + outs, ins + outs))
-            self.choose("rank", list(range(1, most + 1)), in_shape, out_shape)
+            self.choose("rank", range(1, most + 1), in_shape, out_shape)
         return BoundTucker(self, in_shape, out_shape, TuckerFormat.of(ins + outs, self.rank), len(ins))
 
     def candidates(self, in_shape: Shape, out_shape: Shape) -> list[Structure]:

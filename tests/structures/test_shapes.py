@@ -4,11 +4,13 @@ import math
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import structmat
 from structmat import StructureError
+from structmat.structures.errors import nearest
 from tests.structures.flops import count_flops
 
 sizes = st.sampled_from([1, 2, 3, 4, 6, 7, 8, 9, 12, 16, 18, 24, 30])
@@ -91,3 +93,13 @@ def test_fit_is_the_largest_within_its_budget(family, sizes, metric, budget):
     else:
         assert getattr(found.cost(1), metric) == max(fitting)
         assert math.prod(found.in_shape) == sizes[0]
+
+
+def test_sizes_in_the_billions_are_bound_and_refused_at_once():
+    side = 2**30
+    assert structmat.parse("low_rank(rank=8)").bind(side, side).params == 16 * side
+    with pytest.raises(StructureError, match=r"rank=2000000000 does not fit .* nearest valid: 1073741819, "):
+        structmat.parse("low_rank(rank=2000000000)").bind(side, side)
+    assert nearest(50, range(1, 1000), 4) == "48, 49, 50, 51" and nearest(-3, range(1, 1000), 3) == "1, 2, 3"
+    for value in (-5, 0, 7, 13, 40, 99):
+        assert nearest(value, range(0, 60, 4), 3) == nearest(value, list(range(0, 60, 4)), 3)
