@@ -20,6 +20,7 @@ from absl import app
 from ml_collections import ConfigDict
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.own_flags import OwnFlags
@@ -168,7 +169,7 @@ def table(rows: list[dict[str, Any]], style: box.Box) -> Table:
         over = lambda axis, r=r: sum(s["wire"] for s in r["sent"] if axis in s["axes"]) / 2**20
         made.add_row(
             r["family"],
-            r["structure"],
+            escape(r["structure"]),
             f"{r['params'] / 1e6:.2f}",
             f"{r['planned'] / r['whole']:.0%}",
             f"{r['planned'] / 2**20:.3f}",
