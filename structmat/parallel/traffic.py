@@ -103,7 +103,27 @@ def _groups(line: str, devices: int) -> Sequence[Sequence[int]]:
         return ids.reshape(int(iota[1]), int(iota[2])).tolist()
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", line):
+        return _named_groups(named[1], named[2])
+    if re.search(r"replica_groups=(?!\{\})", line):
+        raise ValueError(f"replica groups in a form that is not known here: {line.strip()[:300]}")
     return [list(range(devices))]
+
+
+def _named_groups(mesh: str, axes: str) -> list[list[int]]:
+    """Groups as XLA names them from jax 0.12 on: `'data'=2,'fsdp'=4` and `'data','fsdp':(2)2`, the part of an axis of size 2
+    that is preceded by 2 of it."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(.+?)'=(\d+)", mesh)}
+    shape, chosen = [], []
+    parts = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
+    for name, size in sizes.items():
+        before, own = (int(n) if n else None for n in parts.get(name, ("1", "1")))
+        before, own = before or 1, own or size
+        shape += [before, own, size // before // own]
+        chosen += [False, name in parts, False]
+    order = [i for i, c in enumerate(chosen) if not c] + [i for i, c in enumerate(chosen) if c]
+    size = math.prod(n for n, c in zip(shape, chosen) if c)
+    return np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(-1, size).tolist()
 
 
 def seconds(found: Sequence[Sent], chip: str) -> float:

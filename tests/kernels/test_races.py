@@ -21,7 +21,7 @@ def test_a_sum_along_a_parallel_axis_is_caught(planted, capsys):
         y_ref[...] = total[...]
 
     x = jnp.ones((32, 128))
-    y = pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((8, 128), x.dtype),
         grid=(4,),
@@ -30,6 +30,9 @@ def test_a_sum_along_a_parallel_axis_is_caught(planted, capsys):
         scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel" if planted else "arbitrary",)),
         interpret=strict(2),
-    )(x)
-    wrong = races(capsys) > 0 or not np.array_equal(y, np.full((8, 128), 4.0))
+    )
+    try:
+        wrong = not np.array_equal(call(x), np.full((8, 128), 4.0)) or races(capsys) > 0
+    except jax.errors.JaxRuntimeError as error:  # from jax 0.12.0.1 on a race ends the call
+        wrong = "RACE DETECTED" in str(error)
     assert wrong == planted

@@ -47,6 +47,10 @@ def test_sums_over_chosen_axes(spec, axes, parts):
         ("replica_groups=[2,4]<=[4,2]T(1,0)", ("data", "fsdp"), 4),
         ("replica_groups=[4,2]<=[2,4]T(1,0), use_global_device_ids=true", ("data",), 2),
         ("replica_groups={}", ("data", "fsdp", "tensor"), 8),
+        ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}, use_global_device_ids=true", ("fsdp",), 2),
+        ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'tensor','data'}", ("data", "tensor"), 4),
+        ("replica_groups=mesh['x'=2,'y'=4] {'y':(1)2}", ("fsdp",), 2),
+        ("replica_groups=mesh['x'=2,'y'=4] {'x','y':(2)2}", ("data", "tensor"), 4),
         ("source_target_pairs={{0,0},{1,1},{2,6},{6,2},{3,7},{7,3}}", ("data",), 2),
     ],
 )
@@ -55,6 +59,11 @@ def test_groups_as_hlo_writes_them(groups, axes, parts):
         axes,
         parts,
     )
+
+
+def test_groups_in_another_form_are_not_guessed():
+    with pytest.raises(ValueError, match="form that is not known"):
+        crossed("%x = f32[8] all-gather(%y), replica_groups=other(2), dimensions={0}", make_mesh(MESH))
 
 
 HOST = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'

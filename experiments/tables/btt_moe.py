@@ -1,0 +1,51 @@
+"""BTT-MoE: Potapczynski et al. 2024, experts in every linear layer at the FLOPs of a few of them."""
+
+from __future__ import annotations
+
+from experiments.tables.schema import DENSE, Arm, Claim, Table
+
+HIDDEN = "layers_[1-9] -> "
+WIDTH = 576
+EQUAL = 244
+"""Width of the dense model with the FLOPs of 8 experts of which 2 are active."""
+MOE = "btt moe, 8 experts"
+
+
+def of(structure: str) -> dict[str, object]:
+    """The changes of an arm of the common width."""
+    return {"model.width": WIDTH, "structure": HIDDEN + structure}
+
+
+BTT_MOE = Table(
+    name="btt_moe",
+    title="Experts in every layer, two active, against a block tensor train and dense of the same FLOPs",
+    citation=(
+        'Potapczynski et al., "Searching for Efficient Linear Layers over a Continuous Space of Structured Matrices", '
+        "NeurIPS 2024; its multipliers of compute are not known to us"
+    ),
+    bases={"cpu": "teacher"},
+    arms=(
+        Arm(MOE, of("btt_moe(experts=8)"), note="all experts are computed: steps cost four times the FLOPs shown"),
+        Arm("btt moe, 4 experts", of("btt_moe(experts=4)"), tuned_with=MOE),
+        Arm("btt moe, 16 experts", of("btt_moe(experts=16)"), tuned_with=MOE),
+        Arm("btt moe, no balance", of("btt_moe(experts=8, balance=0.0)"), tuned_with=MOE),
+        Arm("btt, rank 2", of("block_tensor_train(rank=2, order='blocked')"), note="the FLOPs but for the gate"),
+        Arm(
+            "btt, rank 8",
+            of("block_tensor_train(rank=8, order='blocked')"),
+            tuned_with="btt, rank 2",
+            note="the parameters",
+        ),
+        Arm("dense, the same FLOPs", {"model.width": EQUAL}, tuned_with=DENSE),
+    ),
+    reference="btt, rank 2",
+    low_rank=HIDDEN + "fit(low_rank(), params={share})",
+    claims=(
+        Claim("BTT-MoE beats dense of its FLOPs", "Figures 6 and 7", MOE, "dense, the same FLOPs"),
+        Claim("BTT-MoE beats a block tensor train of its FLOPs", "Figure 6", MOE, "btt, rank 2"),
+        Claim("more experts help", "Figure 6, 8 to 16", "btt moe, 16 experts", MOE),
+        Claim("the balance term helps", "our ablation", MOE, "btt moe, no balance"),
+    ),
+)
+
+TABLES = (BTT_MOE,)
