@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from experiments.tables import (
+    btt_moe,
     householder,
     kronecker,
     lost,
@@ -19,7 +20,7 @@ from experiments.tables import (
 from experiments.tables.schema import Table, TableError
 from structmat.structures.errors import suggest
 
-_PAPERS = (monarch, rates, sltrain, lost, rigl, trp, scaling, sst, maestro, sparse_ift, kronecker, householder)
+_PAPERS = (monarch, rates, sltrain, lost, rigl, trp, scaling, sst, maestro, sparse_ift, kronecker, householder, btt_moe)
 TABLES: dict[str, Table] = {table.name: table for paper in _PAPERS for table in paper.TABLES}
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from structmat.nn.leaves import cast, compute_dtype, declare
-from structmat.nn.linear import PATHS, PROBE, check_field
+from structmat.nn.linear import PATHS, PROBE, check_auxiliary, check_field
 from structmat.nn.path import choose_path
 from structmat.nn.sites import record
 from structmat.structures import Structure, StructureError, parse
@@ -74,6 +74,7 @@ class StructuredConv(nn.Module):
             raise StructureError(f"conv: an input of shape {x.shape} has no {axes} spatial axes before its channels")
         bound = parse(self.structure).bind(*view_shapes(self.view, window, cin, self.features))
         check_field(bound, self.dtype)
+        check_auxiliary(bound.structure, allowed=False)
         record(self.scope.path, bound, "conv", self.in_axes, self.out_axes)
         params = declare(self, bound, self.in_axes, self.out_axes, self.param_dtype, self.gain)
         dtype = compute_dtype(self.dtype, x, params)

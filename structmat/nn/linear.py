@@ -15,9 +15,13 @@ from structmat.nn.path import choose_path
 from structmat.nn.sharded import kernel_specs, run, within_replica
 from structmat.nn.sites import KINDS, Kind, record
 from structmat.structures import Bound, Structure, StructureError, parse
+from structmat.structures.algebra import Sum
+from structmat.structures.composite import Composite
 from structmat.structures.leaf import Axes
 
 PATHS = ("auto", "factored", "dense")
+AUXILIARY = "auxiliary"
+"""Collection of what structures add to the loss, summed by training; f32 () `loss` of each site that has such a term."""
 PROBE = "probe"
 """Collection of dense `weight` (d_in, d_out) added to a site's matrix where present; the loss's gradient at zero is its
 gradient by the materialised matrix."""
@@ -65,12 +69,16 @@ class StructuredDenseGeneral(nn.Module):
         in_shape = x.shape[axes[0] :]
         bound = parse(self.structure).bind(in_shape, features)
         check_field(bound, self.dtype)
+        check_auxiliary(bound.structure)
         record(self.path_names, bound, self.kind, self.in_axes, self.out_axes)
         params = declare(self, bound, self.in_axes, self.out_axes, self.param_dtype, self.gain)
         dtype = compute_dtype(self.dtype, x, params)
         batch = x.shape[: axes[0]]
         x = x.reshape(*batch, bound.d_in).astype(dtype)
-        y = product(bound, cast(params, dtype), x, self.path, self.in_axes, self.out_axes)
+        params = cast(params, dtype)
+        y = product(bound, params, x, self.path, self.in_axes, self.out_axes)
+        if not self.is_initializing() and (extra := bound.auxiliary(params, x)) is not None:
+            self.sow(AUXILIARY, "loss", extra)
         if self.has_variable(PROBE, "weight"):
             y = y + x @ self.get_variable(PROBE, "weight").astype(dtype)
         y = y.reshape(*batch, *features)
@@ -84,6 +92,23 @@ class StructuredDenseGeneral(nn.Module):
     def path_names(self) -> tuple[str, ...]:
         """Names from the root module to this one."""
         return self.scope.path
+
+
+def check_auxiliary(structure: Structure, allowed: bool = True) -> None:
+    """Refuse a structure whose auxiliary term would be lost: anywhere but whole, or as a term of a sum, in a linear layer."""
+    if isinstance(structure, Sum):
+        for term in structure.terms:
+            check_auxiliary(term, allowed)
+    elif (structure.has_auxiliary and not allowed) or _inside(structure):
+        raise StructureError(
+            f"{structure.short()}: what it adds to the loss has no place here, only as the weight of a linear layer or as a "
+            "term of a sum; balance=0.0 leaves it out"
+        )
+
+
+def _inside(structure: Structure) -> bool:
+    parts = structure.parts() if isinstance(structure, Composite) else ()
+    return any(part.has_auxiliary or _inside(part) for part in parts)
 
 
 def check_field(bound: Bound, dtype: Any) -> None:
@@ -134,6 +159,7 @@ class StructuredEmbed(nn.Module):
     def setup(self) -> None:
         self.bound = parse(self.structure).bind(self.num_embeddings, self.features)
         check_field(self.bound, self.dtype)
+        check_auxiliary(self.bound.structure, allowed=False)
         record(self.scope.path, self.bound, "embed", self.in_axes, self.out_axes)
         self.table = declare(self, self.bound, self.in_axes, self.out_axes, self.param_dtype, rescale=embed_scale)
 

@@ -118,6 +118,11 @@ class BoundSum(Bound):
             return product(params, x)
         return sum(t.matmul(params[n], x) for n, t in self._named())
 
+    def auxiliary(self, params: Params, x: jax.Array) -> jax.Array | None:
+        """Those of the terms."""
+        found = [extra for n, t in self._named() if (extra := t.auxiliary(params[n], x)) is not None]
+        return sum(found) if found else None
+
     def rmatmul(self, params: Params, y: jax.Array) -> jax.Array:
         return sum(t.rmatmul(params[n], y) for n, t in self._named())
 

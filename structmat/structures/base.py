@@ -69,6 +69,11 @@ class Bound:
     def __repr__(self) -> str:
         return f"{self.structure.short()}: {self.in_shape} -> {self.out_shape}"
 
+    def auxiliary(self, params: Params, x: jax.Array) -> jax.Array | None:
+        """A term of the training loss that depends on the input x `(..., d_in)`, f32 (), beside the task's; None for
+        none."""
+        return None
+
     # -- declaration and initialisation ------------------------------------------------------------------------------
 
     def _leaves(self, in_axes: Axes, out_axes: Axes) -> Leaves:

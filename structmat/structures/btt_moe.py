@@ -29,6 +29,7 @@ class BttMoe(Structure):
 
     In training `balance` times [E sum_e p_e f_e + 0.1 mean(logsumexp(x gate)^2)] is added to the loss, p the mean softmax
     over all experts and f the share of inputs sent to each; the factor is our choice, the paper's is not known to us. The
+    term is kept as a whole weight and as a term of a sum; within other structures it is refused. The
     gate starts at zero, so that the first experts take everything until that term spreads it. FLOPs are those of the
     active experts and the gate; all experts are computed, as in the paper's code, and the others' part thrown away.
     """
@@ -37,6 +38,10 @@ class BttMoe(Structure):
     active: int = 2
     balance: float = 0.01
     name: ClassVar[str] = "btt_moe"
+
+    @property
+    def has_auxiliary(self) -> bool:
+        return self.balance > 0
 
     def check(self) -> None:
         self.need(experts=1, active=1)
@@ -109,7 +114,7 @@ class BoundBttMoe(Bound):
     def auxiliary(self, params: Params, x: jax.Array) -> jax.Array | None:
         """The balance term over all rows of x `(..., d_in)`; None where `balance` is 0."""
         own = self.structure
-        if not own.balance:
+        if not own.has_auxiliary:
             return None
         logits = self._logits(params, x).reshape(-1, own.experts)
         sent = jnp.mean(self.route(logits) > 0, axis=0) / own.active

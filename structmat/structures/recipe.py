@@ -38,6 +38,11 @@ class Structure(Named):
     init: InitMode = "spectral"
     train: tuple[str, ...] | None = None
 
+    @property
+    def has_auxiliary(self) -> bool:
+        """Whether it adds a term to the training loss."""
+        return False
+
     def bind(self, in_shape: int | Shape, out_shape: int | Shape) -> Bound:
         """Check the sizes and return the Bound for a weight of `in_shape` x `out_shape`.
 

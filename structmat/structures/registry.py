@@ -6,6 +6,7 @@ import importlib
 
 from structmat.structures.algebra import Product
 from structmat.structures.bottleneck import Bottleneck
+from structmat.structures.btt_moe import BttMoe
 from structmat.structures.elementwise import Elementwise
 from structmat.structures.fit import Fit
 from structmat.structures.lost import Lost
@@ -82,7 +83,12 @@ COMBINATORS: dict[str, type[Structure]] = {
     "weight_norm": WeightNorm,
 }
 
-NONLINEAR: dict[str, type[Structure]] = {"bottleneck": Bottleneck, "lost": Lost, "parallel": Parallel}
+NONLINEAR: dict[str, type[Structure]] = {
+    "bottleneck": Bottleneck,
+    "btt_moe": BttMoe,
+    "lost": Lost,
+    "parallel": Parallel,
+}
 """What stands where a matrix does, and is none."""
 
 TRAINED: dict[str, type[Structure]] = {"ordered": Ordered, "sst": Sst}

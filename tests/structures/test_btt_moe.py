@@ -7,6 +7,7 @@ import pytest
 
 import structmat
 from structmat import StructureError
+from structmat.nn import AUXILIARY, StructuredDense, StructuredEmbed
 from structmat.structures.btt_moe import BttMoe
 
 IN, OUT = 24, 36
@@ -110,3 +111,21 @@ def test_it_is_no_matrix():
     ):
         with pytest.raises(StructureError, match="is not a matrix"):
             call()
+
+
+def test_its_term_has_a_place_or_is_refused():
+    layer = lambda text, **more: StructuredDense(OUT, structure=text, **more)
+    for text in ("btt_moe(experts=4)", "low_rank(rank=2) + btt_moe(experts=4)"):
+        model = layer(text)
+        variables = model.init(jax.random.key(0), X)
+        assert AUXILIARY not in variables
+        _, sown = model.apply(variables, X, mutable=[AUXILIARY])
+        (found,) = jax.tree.leaves(sown)
+        assert float(found) == pytest.approx(0.01 * (4 / 4 + 0.1 * np.log(4) ** 2), rel=1e-4)  # a gate of zeros
+    for text in ("scaled(btt_moe(experts=4), s=2.0)", "bottleneck(dense(), btt_moe(experts=4), inner=8) + dense()"):
+        with pytest.raises(StructureError, match=r"has no place here.*balance=0.0 leaves it out"):
+            layer(text).init(jax.random.key(0), X)
+    with pytest.raises(StructureError, match="has no place here"):
+        StructuredEmbed(IN, OUT, structure="btt_moe(experts=4)").init(jax.random.key(0), jnp.arange(3))
+    free = layer("scaled(btt_moe(experts=4, balance=0.0), s=2.0)")
+    assert free.apply(free.init(jax.random.key(0), X), X).shape == (5, 2, OUT)

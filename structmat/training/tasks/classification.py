@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from structmat.training.applied import applied, with_auxiliary
 from structmat.training.task import Batch, Variables
 
 PADDING = -1
@@ -22,12 +23,12 @@ def loss(
     """Mean cross-entropy in nats and accuracy of images `(batch, ...)`; rows labelled PADDING do not count."""
     labels = batch["labels"]
     here = labels != PADDING
-    logits = model.apply(variables, batch["images"], train, rngs={"dropout": rng} if train else None)
+    logits, extra = applied(model, variables, batch["images"], rng, train)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     count = here.sum().astype(jnp.float32)
     value = jnp.where(here, each, 0).sum() / count
     accuracy = (here & (logits.argmax(-1) == labels)).sum() / count
-    return value, {"loss": value, "accuracy": accuracy, "count": count}
+    return with_auxiliary(value, {"loss": value, "accuracy": accuracy, "count": count}, extra)
 
 
 def heldout(

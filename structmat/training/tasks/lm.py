@@ -14,6 +14,7 @@ import optax
 from structmat.data import batches, bigram, bytes_text, own
 from structmat.data.corpus import Corpus
 from structmat.data.errors import DataError
+from structmat.training.applied import applied, with_auxiliary
 from structmat.training.task import Batch, Source, Task, Variables
 from structmat.training.tasks.lm_models import BYTES, MODELS
 
@@ -58,10 +59,11 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy in nats of tokens `(batch, context + 1)` int32, and the same in bits."""
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-    logits = model.apply(variables, inputs, train, rngs={"dropout": rng} if train else None)
+    logits, extra = applied(model, variables, inputs, rng, train)
     value = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
     name = "bits_per_byte" if model.vocab == BYTES else "bits_per_token"
-    return value, {"loss": value, name: value / math.log(2), "count": jnp.float32(targets.size)}
+    metrics = {"loss": value, name: value / math.log(2), "count": jnp.float32(targets.size)}
+    return with_auxiliary(value, metrics, extra)
 
 
 def load(config: Any) -> Source:

@@ -12,6 +12,7 @@ import numpy as np
 
 from structmat.data import teacher
 from structmat.models import MLP
+from structmat.training.applied import applied, with_auxiliary
 from structmat.training.errors import ConfigError
 from structmat.training.model_choice import ModelChoice, at_least_one
 from structmat.training.task import Batch, Source, Task, Variables
@@ -83,10 +84,11 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean squared error, which is the fraction of the target's variance; points whose target is NaN do not count."""
     here = jnp.isfinite(batch["y"])
-    found = model.apply(variables, batch["x"], train, rngs={"dropout": rng} if train else None)[..., 0]
+    out, extra = applied(model, variables, batch["x"], rng, train)
+    found = out[..., 0]
     count = here.sum().astype(jnp.float32)
     value = jnp.where(here, jnp.square(found - jnp.where(here, batch["y"], 0)), 0).sum() / count
-    return value, {"loss": value, "mse": value, "count": count}
+    return with_auxiliary(value, {"loss": value, "mse": value, "count": count}, extra)
 
 
 def load(config: Any) -> Source:
