@@ -77,6 +77,18 @@ class TRP(Method):
 
         return value
 
+    def report(self, sites: Mapping[str, Site], variables: Mapping[str, Any]) -> dict[str, Any]:
+        """`ranks`: site -> the smallest rank, on average over the matrices of a convolution, that holds `energy` (99.9% where
+        that is 1)."""
+        energy = self.energy if self.energy < 1 else 0.999
+        ranks: dict[str, float] = {}
+        for kernel in find_kernels(sites, self.name, self.only):
+            counts = _rank(apart(get(variables["params"], kernel.weight), kernel.blocks), energy)
+            layers = [p for p, site in sites.items() if array_path(p, site) == kernel.place]
+            means = jax.device_get(jnp.mean(counts.reshape(len(layers), -1), axis=1))
+            ranks |= dict(zip(layers, means.astype(float).tolist()))
+        return {"ranks": ranks, "energy": energy}
+
     def _kernels(self, sites: Mapping[str, Site], steps: int) -> tuple[Kernel, ...]:
         if self.every >= steps:
             raise StructureError(
@@ -179,8 +191,12 @@ def _blocks(site: Site) -> int:
 
 def on_matrices(fn: Any, w: jax.Array, blocks: int) -> jax.Array:
     """`fn` of (..., m, n) on each of `blocks` runs of columns of w (..., m, blocks n), in the same places."""
-    apart = w.reshape(*w.shape[:-1], blocks, -1).swapaxes(-3, -2)
-    return fn(apart).swapaxes(-3, -2).reshape(w.shape).astype(w.dtype)
+    return fn(apart(w, blocks)).swapaxes(-3, -2).reshape(w.shape).astype(w.dtype)
+
+
+def apart(w: jax.Array, blocks: int) -> jax.Array:
+    """(..., blocks, m, n): those runs of columns."""
+    return w.reshape(*w.shape[:-1], blocks, -1).swapaxes(-3, -2)
 
 
 def kept(s: jax.Array, energy: float) -> jax.Array:
@@ -188,6 +204,12 @@ def kept(s: jax.Array, energy: float) -> jax.Array:
     squares = jnp.square(s)
     before = jnp.cumsum(squares, -1) - squares
     return before < energy * squares.sum(-1, keepdims=True)
+
+
+def _rank(w: jax.Array, energy: float) -> jax.Array:
+    """f32 (...): how many singular values of w (..., m, n) hold `energy`."""
+    s = jnp.linalg.svd(w.astype(working_dtype(w)), compute_uv=False)
+    return kept(s, energy).sum(-1).astype(jnp.float32)
 
 
 def truncate(w: jax.Array, energy: float) -> jax.Array:

@@ -173,6 +173,10 @@ def test_layers_of_a_scanned_group_are_truncated_each_by_itself(tmp_path):
         np.testing.assert_allclose(got, truncate(w, 0.9), atol=1e-6)
     low, high = np.linalg.matrix_rank(np.asarray(after))
     assert low < high < 16
+    found = TRP(only=".*mlp/up").report(table, {"params": {"layers_0to1": {"mlp": {"up": {"kernel": after}}}}})
+    wanted = [int(np.sum(np.asarray(kept(jnp.linalg.svd(w, compute_uv=False), 0.9)))) for w in after]
+    assert found == {"ranks": dict(zip(("layers_0/mlp/up", "layers_1/mlp/up"), wanted)), "energy": 0.9}
+    assert wanted[0] <= low and wanted[1] <= high
     with pytest.raises(StructureError, match=r"picks layers_0/mlp/up and not layers_1/mlp/up, .* model.scan=False"):
         find_kernels(table, "trp", "layers_0/mlp/up")
 
@@ -180,10 +184,11 @@ def test_layers_of_a_scanned_group_are_truncated_each_by_itself(tmp_path):
 @pytest.mark.long
 def test_a_run_ends_at_a_low_rank_and_its_projection_loses_nothing(tmp_path):
     config = small_digits(method="trp(every=3, energy=0.9)", steps=12)
-    loop.train(config, tmp_path / "plain")
+    record = loop.train(config, tmp_path / "plain")
     run = load_run(tmp_path / "plain")
     w = np.asarray(run.variables["params"]["layers_0"]["kernel"])
     k = int(np.linalg.matrix_rank(w))
+    assert 1 <= record.metrics["method_report"]["ranks"]["layers_0"] <= k
     assert k < 16 and run.variables["params"]["head"]["kernel"].shape == (16, 10)
     config.switch = f"end: low_rank(rank={k})"
     (row,) = loop.train(config, tmp_path / "cut").metrics["switches"]
