@@ -39,6 +39,10 @@ class Store:
         """Where the run of this content is kept."""
         return self.folder / self.scale / "runs" / f"{key}.json"
 
+    def empty(self) -> bool:
+        """Whether no run of this scale has a result, so that nothing has to be planned to say so."""
+        return not any(self.path("x").parent.glob("*.json"))
+
     def read(self, key: str) -> Result | None:
         """The result, or None if there is none yet; RecordError if the file is damaged."""
         if key not in self._held and self.path(key).exists():

@@ -32,6 +32,7 @@ def test_the_papers_own_sizes_and_schedules():
     assert own["sltrain, 8-bit moments"].optim.name == "adamw_8bit"
 
 
+@pytest.mark.long
 def test_runs_at_that_scale_ask_for_the_data(tmp_path):
     with pytest.raises(DataError, match="data/wikitext103/tokens"):
         plan(TABLES["monarch"], "paper", Store(tmp_path, "paper"))

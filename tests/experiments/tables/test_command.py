@@ -38,7 +38,12 @@ def tiny(monkeypatch, tmp_path):
         yield
 
 
-def test_it_lists_what_there_is_and_what_is_missing(tiny, capsys):
+def test_it_lists_what_there_is_and_what_is_missing(tiny, capsys, tmp_path):
+    command.main(["tables", "list"])
+    assert "none yet" in capsys.readouterr().out
+    other = tmp_path / "out" / "cpu" / "runs" / "of_another_table.json"
+    other.parent.mkdir(parents=True)
+    other.write_text("{}")
     command.main(["tables", "list"])
     out = capsys.readouterr().out
     assert "A tiny table" in out and "0/6+" in out and "0 / 0 / 2" in out
