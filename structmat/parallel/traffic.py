@@ -14,6 +14,10 @@ from structmat.parallel.mesh import slices_of
 from structmat.parallel.report import sent
 
 _TARGET = "_xla_megascale_target"
+_NAMED = re.compile(
+    r"replica_groups=mesh\[(?P<mesh>.*?)\]"
+    r"(?:, *device_ids=\((?:\[(?P<shape>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?|(?P<listed>[\d,]+))\))? *\{(?P<axes>.*?)\}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,23 +100,30 @@ def _groups(line: str, devices: int) -> Sequence[Sequence[int]]:
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
         return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\d+,\d+", pairs[1])]
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape = [int(n) for n in iota[3].split(",")]
-        ids = np.arange(math.prod(shape)).reshape(shape)
-        if iota[4]:
-            ids = ids.transpose([int(n) for n in iota[4].split(",")])
-        return ids.reshape(int(iota[1]), int(iota[2])).tolist()
+        return _iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2])).tolist()
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    if named := re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", line):
-        return _named_groups(named[1], named[2])
+    if named := _NAMED.search(line):
+        return _named_groups(*named.group("mesh", "shape", "order", "listed", "axes"))
     if re.search(r"replica_groups=(?!\{\})", line):
         raise ValueError(f"replica groups in a form that is not known here: {line.strip()[:300]}")
     return [list(range(devices))]
 
 
-def _named_groups(mesh: str, axes: str) -> list[list[int]]:
-    """Groups as XLA names them from jax 0.12 on: `'data'=2,'fsdp'=4` and `'data','fsdp':(2)2`, the part of an axis of size 2
-    that is preceded by 2 of it."""
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Device numbers as `[2,4]T(1,0)` says: 0, 1, ... in this shape, its dimensions then in that order."""
+    sizes = [int(n) for n in shape.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
+
+
+def _named_groups(mesh: str, ids: str | None, permuted: str | None, listed: str | None, axes: str) -> list[list[int]]:
+    """Groups that XLA names by the axes of a mesh of its own: `'x'=2,'y'=4` and `'x','y':(2)2`, the part of an axis of size 2
+    that is preceded by 2 of it.
+
+    Args:
+      ids, permuted: the mesh's devices as in `_iota`; or `listed` one by one; or 0, 1, ... without either.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'(.+?)'=(\d+)", mesh)}
     shape, chosen = [], []
     parts = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
@@ -123,7 +134,11 @@ def _named_groups(mesh: str, axes: str) -> list[list[int]]:
         chosen += [False, name in parts, False]
     order = [i for i, c in enumerate(chosen) if not c] + [i for i, c in enumerate(chosen) if c]
     size = math.prod(n for n, c in zip(shape, chosen) if c)
-    return np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(-1, size).tolist()
+    if listed:
+        devices = np.array([int(n) for n in listed.split(",")])
+    else:
+        devices = _iota(ids, permuted) if ids else np.arange(math.prod(shape))
+    return devices.reshape(shape).transpose(order).reshape(-1, size).tolist()
 
 
 def seconds(found: Sequence[Sent], chip: str) -> float:
