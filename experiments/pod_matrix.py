@@ -19,7 +19,7 @@ from absl import app
 
 from experiments.own_flags import OwnFlags
 from experiments.pod_step import Pod, account, lower
-from experiments.pod_table import name_of, report
+from experiments.pod_table import name_of, outdated, report
 from experiments.rows import selected, within
 from structmat.training.errors import ConfigError
 from structmat.training.record import Record
@@ -109,9 +109,10 @@ def compiled(row: dict[str, str], known: dict[str, dict[str, Any]]) -> dict[str,
 def run(out: Path, minutes: float, only: str) -> list[dict[str, Any]]:
     """Compile what is missing or has changed, write the Record after every row; all rows so far."""
     held = json.loads(out.read_text())["metrics"]["rows"] if out.exists() else []
-    known = {r["program"]: _account_of(r) for r in held if "program" in r}
+    known = {r["program"]: _account_of(r) for r in held if "program" in r and not outdated(r)}
     done = {name_of(r): r for r in held}
-    todo = sorted(selected(plan(), name_of, only), key=lambda r: name_of(r) in done)  # the never compiled come first
+    done_well = {name for name, r in done.items() if not outdated(r)}
+    todo = sorted(selected(plan(), name_of, only), key=lambda r: name_of(r) in done_well)  # what is missing comes first
     start = time.monotonic()
     for i, row in enumerate(within(todo, minutes)):
         found = compiled(row, known)

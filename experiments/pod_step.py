@@ -42,6 +42,11 @@ _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _KERNEL = re.compile(r"%?([\w.\-]+) = .*custom_call_target=\"tpu_custom_call\"")
 
 
+VERSION = 2
+"""Of what is counted in a compiled program. 1 took groups that XLA names by a mesh of its own for all devices, so that over
+several mesh axes bytes were put on too many axes, and too many of them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Pod:
     """Where to compile for: `topology` such as v5p:8x8x8, and `slices` of it."""
@@ -109,8 +114,8 @@ class Account:
         return ideal / hidden, ideal / (max(self.compute, self.memory) + self.network)
 
     def row(self) -> dict[str, Any]:
-        """The account as JSON holds it, with the bounds of utilisation as `mfu`."""
-        return json.loads(json.dumps(dataclasses.asdict(self) | {"mfu": self.mfu}))
+        """The account as JSON holds it, with the bounds of utilisation as `mfu`, and the version that counted."""
+        return json.loads(json.dumps(dataclasses.asdict(self) | {"mfu": self.mfu, "version": VERSION}))
 
 
 @dataclasses.dataclass(frozen=True)

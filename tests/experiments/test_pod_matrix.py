@@ -9,7 +9,8 @@ from absl import app
 from rich import box
 
 from experiments import pod_matrix
-from experiments.pod_table import best, name_of, report, table, verdict
+from experiments.pod_step import VERSION
+from experiments.pod_table import best, name_of, outdated, report, table, verdict
 from structmat.parallel import Sent
 from structmat.parallel.mesh import mesh_shape
 from structmat.structures import parse
@@ -72,6 +73,13 @@ def test_the_table_compares_with_dense_and_names_the_better_layout():
     assert cells["memory saved"] == ["1.00x", "2.00x", "-"] and cells["layout"] == ["fsdp*", "fsdp", "tensor*"]
     off = verdict([row(off_plan=["a"]), row() | {"fits": False}])
     assert "all but " + ROW in off[0] and ROW in off[1]
+
+
+def test_rows_of_an_older_count_are_told():
+    old = row() | {"mesh": {"data": 2, "fsdp": 4}, "version": 1}
+    assert outdated(old) and "were counted by an older version" in " ".join(verdict([old]))
+    assert not outdated(old | {"version": VERSION}) and not outdated(old | {"mesh": {"data": 1, "fsdp": 8}})
+    assert not outdated(old | {"fits": False}) and not outdated({"refused": "x"})
 
 
 def test_every_planned_row_is_a_config_a_mesh_and_a_command():
