@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.own_flags import OwnFlags
-from experiments.pod_step import Pod, account, lower
+from experiments.pod_step import VERSION, Pod, account, lower
 from experiments.rows import within
 from structmat.parallel import plan, replicated
 from structmat.structures import FAMILIES, parse
@@ -111,6 +111,7 @@ def compiled(family: str, structure: str) -> dict[str, Any]:
         "sent": row["sent"],
         "kernels": row["kernels"],
         "compile_seconds": found.compile_seconds,
+        "version": VERSION,
     }
 
 
@@ -127,7 +128,7 @@ def run(out: Path, minutes: float, fresh: bool) -> list[dict[str, Any]]:
     held = json.loads(out.read_text())["metrics"]["rows"] if out.exists() and not fresh else []
     families, start = real_families(), time.monotonic()
     done = {r["family"]: r for r in held if families.get(r["family"]) == r["structure"]}
-    todo = [name for name in families if name not in done]
+    todo = [name for name in families if done.get(name, {}).get("version") != VERSION]
     for i, name in enumerate(within(todo, minutes), 1):
         done[name] = compiled(name, families[name])
         print(f"[{i}/{len(todo)}] {name}: {judged(done[name]) or 'as planned'}", flush=True)
@@ -188,6 +189,11 @@ def report(rows: list[dict[str, Any]], out: Path, record: Record) -> None:
     kept = [r for r in rows if not judged(r)]
     said = [f"{len(kept)} of {len(rows)} families are laid out as planned."]
     said += [f"{r['family']}: {judged(r)}." for r in rows if judged(r)]
+    if old := [r["family"] for r in rows if r.get("version") != VERSION]:
+        said.append(
+            f"Bytes sent of {len(old)} families were counted by an older version that put some of them on too many axes; the "
+            "command counts them again."
+        )
     shape = ", ".join(f"{axis}={size}" for axis, size in MESH.items())
     about = (
         f"jax {record.versions['jax']}, libtpu {record.versions.get('libtpu', '(unknown)')}, {record.date}, last call "

@@ -7,13 +7,14 @@ from rich import box
 
 from experiments import pod_families
 from experiments.pod_families import in_tiles, judged, real_families, report, run, table
+from experiments.pod_step import VERSION
 from structmat.structures import FAMILIES
 from structmat.training.record import Record
 from tests.experiments.test_pod import some_account
 
 ROW = {
     "family": "monarch", "structure": "monarch(blocks=4)", "params": 10, "leaves": 3, "whole": 800, "planned": 200,
-    "compiled": 260, "padded": 300, "replicated": [], "off_plan": [], "kernels": {}, "compile_seconds": 1.0,
+    "compiled": 260, "padded": 300, "replicated": [], "off_plan": [], "kernels": {}, "compile_seconds": 1.0, "version": VERSION,
     "sent": [{"kind": "all-reduce", "axes": ["data", "fsdp"], "wire": 2**20}],
 }  # fmt: skip
 
