@@ -98,7 +98,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     if old:
         said.append(
             f"Bytes sent of {len(old)} rows, least times and MFU bounds with them, were counted by an older version that "
-            "took some groups of chips for all of them and counts too much (up to 2% in the rows compared); the command counts "
+            "took some groups of chips for all of them, and so too much; the command counts "
             f"them again: {'; '.join(old)}."
         )
     return said + [f"Refused: {name_of(r)}: {r['refused']}" for r in rows if "refused" in r]

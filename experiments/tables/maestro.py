@@ -125,9 +125,9 @@ MAESTRO = Table(
     ),
     remarks={
         "cpu": (
-            "Why two claims do not hold: the authors' VGG-19 has 20 million parameters for CIFAR-10, of which most can go; this "
-            "perceptron has 150 thousand, and its tenth is 13 thousand for 64 pixels and 10 classes, fewer than the narrower "
-            "dense model's, which is not behind. And of the two ways to a tenth the larger cut after the weaker lasso is the "
+            "Why two claims do not hold: the authors' small VGG-19 still has millions of parameters; this perceptron has 150 "
+            "thousand, and a tenth of its linear layers is too little for 64 pixels and 10 classes, whoever finds the ranks: low "
+            "rank and an SVD of that size are further behind. And of the two ways to a tenth the larger cut after the weaker lasso is the "
             "better one: a lasso that reaches the tenth by itself shrinks what stays as well. The implementation recovers all "
             "truncations of a linear teacher at once (`tests/sparse/test_maestro.py`), as the paper proves.",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -157,13 +158,17 @@ def altered(config: ConfigDict, field: str, value: Any, new_name: str = "") -> C
 
 
 def misspelt(name: str, valid: set[str], rng: random.Random) -> str:
-    """`name` with a letter dropped, doubled, exchanged with its neighbour or struck wrongly; never another valid name."""
+    """`name` with a letter dropped, doubled, exchanged with its neighbour or struck wrongly; never another valid name, nor as
+    near to one: what `bx` was meant to be, b1 or b2, nobody can say."""
+    near = lambda wrong, other: difflib.SequenceMatcher(None, other, wrong).ratio()
     while True:
         i = rng.randrange(len(name))
         edits = [name[:i] + name[i + 1 :], name[:i] + name[i] + name[i:]]
         edits += [name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :], name[:i] + "x" + name[i + 1 :]]
         wrong = rng.choice(edits)
-        if wrong and wrong != name and wrong not in valid and wrong.isidentifier():
+        if not wrong or wrong in {name, *valid} or not wrong.isidentifier():
+            continue
+        if all(near(wrong, other) < near(wrong, name) for other in valid - {name}):
             return wrong
 
 

@@ -34,5 +34,7 @@ def test_a_sum_along_a_parallel_axis_is_caught(planted, capsys):
     try:
         wrong = not np.array_equal(call(x), np.full((8, 128), 4.0)) or races(capsys) > 0
     except jax.errors.JaxRuntimeError as error:  # from jax 0.12.0.1 on a race ends the call
-        wrong = "RACE DETECTED" in str(error)
+        if "RACE DETECTED" not in str(error):
+            raise
+        wrong = True
     assert wrong == planted
