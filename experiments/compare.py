@@ -17,11 +17,9 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 from rich import box
 from rich.console import Console
@@ -30,19 +28,15 @@ from rich.table import Table
 from experiments import cli
 from experiments.equal import dense_small, with_model
 from experiments.own_flags import OwnFlags
+from experiments.step_times import step_times
 from structmat.analysis.plots import tradeoff
-from structmat.analysis.timing import interleaved
-from structmat.parallel import make_mesh, on_mesh, shard_batch
 from structmat.structures import Rules, parse
 from structmat.training import workdir
-from structmat.training.build import compile_step, optimizer_for, step_for
 from structmat.training.config import identity, validate
 from structmat.training.errors import ConfigError, RunError
 from structmat.training.loop import train
-from structmat.training.methods import rule_for
 from structmat.training.progress import Runs
 from structmat.training.record import Record, same_data
-from structmat.training.state import create_state, plan_state
 from structmat.training.task import Task
 
 flags = OwnFlags()
@@ -109,34 +103,6 @@ def _small(config: ConfigDict, params: int, dense: int) -> Arm | None:
     """The widest dense model with at most `params` parameters; None if the structures save nothing, or almost all."""
     own = dense_small(config, params) if params < dense else None
     return Arm(SMALL, own, validate(own)) if own else None
-
-
-def step_seconds(arms: list[Arm], repeats: int) -> list[float]:
-    """Median seconds of each arm's training step, all taken in turn so that drift of the machine falls on all alike."""
-    mesh = make_mesh(arms[0].config.mesh.to_dict())
-    calls = []
-    with on_mesh(mesh):
-        for arm in arms:
-            tx, schedule = optimizer_for(arm.config, arm.task)
-            rule = rule_for(arm.config, arm.task.table)
-            template = plan_state(arm.task, tx, rule, mesh)
-            step = step_for(arm.config, arm.task, tx, rule, schedule)
-            compiled = compile_step(arm.task, step, template, mesh)
-            shapes = arm.task.batch.items()
-            batch = shard_batch(mesh, {n: np.zeros(s.shape, s.dtype) for n, s in shapes}, arm.config.batch)
-            calls.append(_stepper(compiled, create_state(arm.task, tx, rule, template, arm.config.seed), batch))
-        times = interleaved(calls, [()] * len(calls), repeats)
-    return [statistics.median(t) for t in times]
-
-
-def _stepper(compiled: Any, state: Any, batch: Any) -> Callable[[], Any]:
-    held = [state]
-
-    def call() -> Any:
-        held[0], metrics = compiled(held[0], batch)
-        return held[0], metrics
-
-    return call
 
 
 def row_of(arm: Arm, record: Record, dense: Record, seconds: float, dense_seconds: float) -> dict[str, Any]:
@@ -217,7 +183,9 @@ def compare(config: ConfigDict, folder: Path, structures: list[str]) -> Record:
         if not done:
             runs.finish(time.perf_counter() - started)
     data = same_data(records)
-    seconds = _known_seconds(folder, records) or step_seconds(arms, TIMED_STEPS)
+    seconds = _known_seconds(folder, records) or [
+        statistics.median(times) for times in step_times([(arm.config, arm.task) for arm in arms], TIMED_STEPS)
+    ]
     rows = [row_of(arm, r, records[0], s, seconds[0]) for arm, r, s in zip(arms, records, seconds)]
     record = Record.create(
         name=folder.name,

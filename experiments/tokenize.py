@@ -17,7 +17,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from rich.progress import Progress
 from experiments import cli
 from experiments.own_flags import OwnFlags
 from structmat.data.errors import DataError
+from structmat.data.json_lines import texts
 from structmat.data.tokens import INDEX, TokenWriter, write_index
 
 flags = OwnFlags()
@@ -95,18 +95,7 @@ def _pieces(name: str, lines: Iterator[str]) -> Iterator[Piece]:
 
 
 def _rows(file: Path, lines: Iterator[str], field: str) -> Iterator[Piece]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{str(file)!r} line {number} is not JSON: {error}") from error
-        text = row.get(field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            found = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{str(file)!r} line {number} has no string field {field!r}; found {found}")
-        yield Piece(text, text, True)
+    return (Piece(text, text, True) for text in texts(lines, file, field))
 
 
 def load_tokenizer(place: Path) -> tuple[Any, str]:

@@ -3,6 +3,7 @@
     python -m experiments.tables list
     python -m experiments.tables run NAME|all --scale=cpu [--budget=60m]
     python -m experiments.tables run NAME|all --scale=gpu --sweep=commands      # one command per missing run
+    python -m experiments.tables time NAME|all [--scale=cpu] [--budget=20m]      # steps of all arms in turn; on a quiet machine
     python -m experiments.tables show NAME [--scale=cpu]
     python -m experiments.tables check NAME|all --scale=paper [--budget=60m]     # compile for a pod; needs libtpu
     python -m experiments.tables report
@@ -34,10 +35,11 @@ from experiments.tables.runner import execute, missing, run_table
 from experiments.tables.schema import SCALES, Table, TableError
 from experiments.tables.show import caption, grid, verdicts
 from experiments.tables.store import Store
+from experiments.tables.timing import place_of, time_table
 from structmat.structures.errors import suggest
 from structmat.training.record import Record, RecordError
 
-COMMANDS = ("list", "run", "show", "check", "report")
+COMMANDS = ("list", "run", "time", "show", "check", "report")
 SWEEPS = ("print", "commands")
 flags = OwnFlags()
 SCALE = flags.DEFINE_enum("scale", "cpu", SCALES, "which size of task")
@@ -108,6 +110,19 @@ def run(tables: Sequence[Table]) -> None:
             break
 
 
+def time_all(tables: Sequence[Table]) -> None:
+    """Time the steps of every table's arms, those never timed first, until the time is up."""
+    store, until = Store(Path(OUT.value), SCALE.value), time.monotonic() + seconds_of(BUDGET.value)
+    for i, table in enumerate(sorted(tables, key=lambda table: place_of(table, store).exists())):
+        if time.monotonic() > until:
+            print(f"stopped when the time was up, with {len(tables) - i} tables to go")
+            return
+        times = time_table(table, SCALE.value, store).metrics["rows"]
+        print(
+            f"{table.name}: " + ", ".join(f"{name} {row['over_dense']:.2f}x" for name, row in times.items()), flush=True
+        )
+
+
 def check_all(tables: Sequence[Table], console: Console) -> None:
     """Compile the arms for their pods, and write what came of it; ends with code 1 where one does not fit."""
     out = Path(OUT.value) / SCALE.value / "check.json"
@@ -148,6 +163,8 @@ def main(argv: Sequence[str]) -> None:
             print(f"written: {report(list(TABLES.values()), Path(OUT.value))}")
         elif command == "check":
             check_all(_at_scale(names), console)
+        elif command == "time":
+            time_all(_at_scale(names))
         elif SWEEP.value:
             sweep(_at_scale(names), SWEEP.value)
         elif command == "run":
@@ -172,7 +189,7 @@ def _parsed(argv: Sequence[str]) -> tuple[str, list[str]]:
         raise app.UsageError(f"no command {command!r}" + suggest(command, COMMANDS))
     if command in ("list", "report") and names:
         raise app.UsageError(f"{command} takes no table, got {names[0]!r}")
-    if command in ("run", "show", "check") and not names:
+    if command in ("run", "time", "show", "check") and not names:
         raise app.UsageError(f"{command} needs a table, or all; there are {', '.join(TABLES)}")
     return command, names
 

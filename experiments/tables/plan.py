@@ -87,8 +87,9 @@ def plan(table: Table, scale: str, store: Store) -> Plan:
     tried: dict[str, tuple[Run, ...]] = {}
     for arm, config in arms_of(table, scale):
         if not arm.tuned_with:
-            tried[arm.name] = _trials(arm.name, config, base) if len(base.rates) > 1 else ()
-            rates[arm.name] = best_rate(tried[arm.name], base, store) if len(base.rates) > 1 else base.rates[0]
+            choose = len(base.rates) > 1
+            tried[arm.name] = _trials(arm.name, config, base) if choose else ()
+            rates[arm.name] = best_rate(tried[arm.name], base, store) if choose else base.rates[0]
     rows = []
     for arm, config in arms_of(table, scale):
         rate = rates[arm.tuned_with or arm.name]
@@ -102,7 +103,7 @@ def arms_of(table: Table, scale: str) -> tuple[tuple[Arm, ConfigDict], ...]:
     """Every arm with its config: the baselines first, sized by the table's reference arm."""
     start = base_of(scale, table.bases[scale]).make()
     place = lambda arm: f"table {table.name}, arm {arm.name!r}"
-    own = [(arm, changed(start, {**arm.changes, **arm.at.get(scale, {})}, place(arm))) for arm in table.arms]
+    own = [(arm, changed(start, arm.over(start, scale), place(arm))) for arm in table.arms]
     params = _size(table, start, next(config for arm, config in own if arm.name == table.reference))
     paper = lambda name: dict(table.baselines_paper.get(name, {}))
     rows = [(Arm(DENSE, paper=paper(DENSE)), start)]

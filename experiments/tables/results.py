@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import statistics
 
 from ml_collections import ConfigDict
 
 from experiments.tables.judge import Verdict, judge
 from experiments.tables.plan import Plan, Row
-from experiments.tables.schema import DENSE, Claim
+from experiments.tables.schema import Claim
 from experiments.tables.store import Result, Store
+from experiments.tables.timing import Times, known_times
 from structmat.training.config import validate
 from structmat.training.switch import ended
 
@@ -45,12 +45,6 @@ class Line:
         return sum(bool(r and r.failed) for r in self.results)
 
     @property
-    def step_seconds(self) -> float | None:
-        """Median over seeds of the median step."""
-        times = [s for r in self.results if r and not r.failed and (s := r.record.metrics["step_seconds"])]
-        return statistics.median(times) if times else None
-
-    @property
     def memory(self) -> int | None:
         """Bytes a device needs for the compiled step: state, batch and temporaries."""
         return max((r.record.metrics["step_bytes"] for r in self.results if r and not r.failed), default=None)
@@ -58,10 +52,11 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """A plan with what has been run of it."""
+    """A plan with what has been run and timed of it."""
 
     plan: Plan
     lines: tuple[Line, ...]
+    times: Times | None = None
 
     def line(self, name: str) -> Line:
         """Of an arm."""
@@ -76,16 +71,11 @@ class Results:
         better, worse = ([pair[i].heldout[metric] for pair in both] for i in (0, 1))
         return judge(better, worse, self.plan.base.lower, claim.within)
 
-    def relative_time(self, line: Line) -> float | None:
-        """Median step over dense's, both from runs of their own."""
-        dense = self.line(DENSE).step_seconds
-        return line.step_seconds / dense if dense and line.step_seconds else None
-
 
 def results_of(plan: Plan, store: Store) -> Results:
     """What the store has of a plan."""
     lines = tuple(Line(row, tuple(store.read(run.key) for run in row.runs)) for row in plan.rows)
-    return Results(plan, lines)
+    return Results(plan, lines, known_times(plan.table, plan.scale, store))
 
 
 def cost_of(config: ConfigDict) -> Cost:

@@ -6,7 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from structmat.structures.errors import suggest
+
+Changes = Mapping[str, Any]
 
 SCALES = ("cpu", "gpu", "paper")
 DENSE, SMALL, LOW_RANK = "dense", "dense small", "low rank"
@@ -24,7 +28,7 @@ class Arm:
 
     Attributes:
       name: unique in its table.
-      changes: dotted config field -> value, over the table's base config.
+      changes: dotted config field -> value, over the table's base config; or a function from that config to these.
       tuned_with: arm whose learning rate it takes; "" if its own is tuned. Arms of one family share a rate.
       paper: column -> the paper's figure for this arm.
       note: one sentence for readers.
@@ -32,11 +36,16 @@ class Arm:
     """
 
     name: str
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    changes: Changes | Callable[[ConfigDict], Changes] = dataclasses.field(default_factory=dict)
     tuned_with: str = ""
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
     note: str = ""
-    at: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    at: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
+
+    def over(self, base: ConfigDict, scale: str) -> Changes:
+        """What differs from the table's base config at a scale."""
+        changes = self.changes(base) if callable(self.changes) else self.changes
+        return {**changes, **self.at.get(scale, {})}
 
 
 @dataclasses.dataclass(frozen=True)

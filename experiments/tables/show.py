@@ -24,7 +24,11 @@ def grid(results: Results, style: box.Box) -> Grid:
         column.justify = "right"
     dense = cost_of(results.line(DENSE).row.config)
     for line in results.lines:
-        cost, time, memory = cost_of(line.row.config), results.relative_time(line), line.memory
+        cost, time, memory = (
+            cost_of(line.row.config),
+            results.times and results.times.over_dense.get(line.row.arm.name),
+            line.memory,
+        )
         made.add_row(
             line.row.arm.name,
             *[figure(line.figures(name)) for name in (base.metric, *base.others)],
@@ -91,9 +95,19 @@ def conditions(results: Results) -> str:
         f"Scale {plan.scale}: {row.config.steps} steps of {row.config.batch} examples; {'; '.join(data)}. Mean ± standard "
         f"deviation over seeds 0 to {plan.base.seeds - 1}. Rate: multiple of {row.config.optim.lr:g} best of "
         f"{', '.join(f'{r:g}' for r in plan.base.rates)} in a run of a third of the steps with another seed, per family; ! is at "
-        f"the end of what was tried. Step: median step over dense's, each from its own run. Memory: of the compiled step, state and temporaries. "
+        f"the end of what was tried. Step: its time over dense's, {_timed(results)}. Memory: of the compiled step, state and temporaries. "
         f"{'; '.join(machines)}, jax {', '.join(versions)}, {dates[0][:10]} to {dates[-1][:10]}, {len(records)} runs, the "
         f"longest {slowest:.0f} s. `python -m experiments.tables run {plan.table.name} --scale={plan.scale}`"
+    )
+
+
+def _timed(results: Results) -> str:
+    plan, times = results.plan, results.times
+    if times is None:
+        return "not timed yet"
+    return (
+        f"median of {times.repeats} pairs of steps, all arms in turn, on {times.date[:10]} "
+        f"(`python -m experiments.tables time {plan.table.name} --scale={plan.scale}`)"
     )
 
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from typing import Any
-
-from experiments.sparse_ift import changes
-from experiments.tables.bases import digits
+from experiments.sparse_ift import Member, changes
 from experiments.tables.schema import DENSE, Arm, Claim, Table
 
 CITATION = (
@@ -25,14 +20,10 @@ def named(member: str, sparsity: float, how: str) -> str:
     return f"{member} {sparsity:.0%}, {how}"
 
 
-@functools.cache
-def _changes(member: str, sparsity: float) -> Mapping[str, Any]:
-    return changes(digits(), member, sparsity)
-
-
-def arm(member: str, sparsity: float, how: str, note: str = "", **paper: float) -> Arm:
+def arm(member: Member, sparsity: float, how: str, note: str = "", **paper: float) -> Arm:
     """A member whose masks stay or move; one rate for the three."""
-    of = _changes(member, sparsity) | ({"method": METHODS[how]} if METHODS[how] else {})
+    method = {"method": METHODS[how]} if METHODS[how] else {}
+    of = lambda base: changes(base, member, sparsity) | method
     tuned_with = "" if how == "RigL" else named(member, sparsity, "RigL")
     return Arm(named(member, sparsity, how), of, tuned_with, paper, note)
 
@@ -62,7 +53,7 @@ DIGITS = Table(
         *OTHERS,
         Arm(
             DENSE_WIDE,
-            {"model.width": _changes("wide", MIDDLE)["model.width"]},
+            lambda base: {"model.width": changes(base, "wide", MIDDLE)["model.width"]},
             note=f"what the wide model at {MIDDLE:.0%} is with all its weights: about four times the FLOPs",
         ),
     ),

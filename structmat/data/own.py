@@ -2,7 +2,6 @@
 text files."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from structmat.data import bytes_text, tokens
 from structmat.data.corpus import Corpus, from_documents, make_corpus, tail_split
 from structmat.data.errors import DataError
+from structmat.data.json_lines import texts
 
 NPY_DTYPES = ("uint8", "uint16", "int32")
 
@@ -58,17 +58,7 @@ def _npy(path: Path) -> Corpus:
 def _jsonl(path: Path) -> Corpus:
     documents = []
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise DataError(f"{str(path)!r} line {number} is not JSON: {e}") from e
-            text = row.get("text") if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                found = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
-                raise DataError(f'{str(path)!r} line {number} has no string field "text"; found {found}')
+        for text in texts(lines, path):
             if text:
                 data = text.encode("utf-8", "surrogatepass")
                 documents.append((hashlib.sha256(data).hexdigest(), data))

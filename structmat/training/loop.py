@@ -31,7 +31,7 @@ from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import identity, profile_steps, validate
 from structmat.training.environment import peak_flops, versions
 from structmat.training.errors import Interrupted, RunError
-from structmat.training.methods import method_of, report_of, rule_for, without_method
+from structmat.training.methods import method_of, report_of, rule_for
 from structmat.training.metrics import MetricWriter
 from structmat.training.progress import ProgressLine, Runs
 from structmat.training.record import Record
@@ -39,8 +39,8 @@ from structmat.training.rule import Rule
 from structmat.training.sigterm import listening_for_sigterm
 from structmat.training.state import create_state, plan_state, variables_of
 from structmat.training.step import leaf_paths
-from structmat.training.switch import refuse_rule, switched, switches
-from structmat.training.switching import line, report, switch_state
+from structmat.training.switch import refuse_rule, switches
+from structmat.training.switching import carried_out, line
 from structmat.training.task import dump_table, with_table
 
 log = logging.getLogger(__name__)
@@ -197,12 +197,10 @@ def train(
                     process(*pending)
                     pending = None
                 with progress.beside():
-                    before, task = task, switched(task, ahead[step - 1])
-                    tx, schedule = optimizer_for(config, task)
-                    template = plan_state(task, tx, rule, mesh)
-                    state, changes = switch_state(config, before, task, template, state, batch)
-                    step_fn = compile_step(task, step_for(config, task, tx, rule, schedule), template, mesh)
-                row = report(step - 1, before, task, changes) | {"step_seconds": _median(seconds)}
+                    after = carried_out(config, ahead[step - 1], task, mesh, state, batch)
+                    task, template, state = after.task, after.template, after.state
+                    step_fn = compile_step(task, step_for(config, task, after.tx, None, after.schedule), template, mesh)
+                row = after.row | {"step_seconds": _median(seconds)}
                 log.info("%s: %s", name, line(row))
                 extra |= {"sites": dump_table(task.table), "switches": [*extra["switches"], row]}
                 eval_step, paths, seconds, done_at = make_eval_step(task, mesh), leaf_paths(template.params), [], None
@@ -234,11 +232,9 @@ def train(
 
                     # ---- Switch at the end: what was trained, projected; the checkpoint and the record have it ------
                     if final and step in ahead:
-                        before, task = task, switched(task, ahead[step])
-                        active = without_method(config)
-                        template = plan_state(task, optimizer_for(active, task)[0], None, mesh)
-                        state, changes = switch_state(active, before, task, template, state, batch)
-                        row = report(step, before, task, changes) | {"step_seconds": _median(seconds)}
+                        after = carried_out(config, ahead[step], task, mesh, state, batch)
+                        task, state = after.task, after.state
+                        row = after.row | {"step_seconds": _median(seconds)}
                         log.info("%s: %s", name, line(row))
                         row["heldout_before"], eval_step = held_out, make_eval_step(task, mesh)
                         extra |= {"sites": dump_table(task.table), "switches": [*extra["switches"], row]}

@@ -1,4 +1,4 @@
-"""A switch carried out: the state of a run under way, for the same model with other structures."""
+"""A switch carried out: a run under way goes on with the same model in other structures."""
 
 from __future__ import annotations
 
@@ -7,15 +7,41 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import optax
+from jax.sharding import Mesh
 
 from structmat.optim import needs_gradient, restart
 from structmat.surgery import Change, carry_optimizer, changed_params, restructure
-from structmat.training.state import TrainState, variables_of
+from structmat.training.build import optimizer_for
+from structmat.training.methods import without_method
+from structmat.training.state import TrainState, plan_state, variables_of
 from structmat.training.step import DROPOUT, gradients, step_key
+from structmat.training.switch import Switch, switched
 from structmat.training.task import Batch, Task
 
 SURGERY = 2
 """Stream of randomness beside those of a step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Switched:
+    """What a run goes on with after a switch; `row` is its `report`."""
+
+    task: Task
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    template: TrainState
+    state: TrainState
+    row: dict[str, Any]
+
+
+def carried_out(config: Any, switch: Switch, before: Task, mesh: Mesh, state: TrainState, batch: Batch) -> Switched:
+    """The switch, to be called with the mesh set; no method or rule acts on what comes after it."""
+    config, task = without_method(config), switched(before, switch)
+    tx, schedule = optimizer_for(config, task)
+    template = plan_state(task, tx, None, mesh)
+    state, changes = switch_state(config, before, task, template, state, batch)
+    return Switched(task, tx, schedule, template, state, report(switch.step, before, task, changes))
 
 
 def switch_state(

@@ -10,33 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from structmat.data import digits
-from structmat.models import MLP
-from structmat.training.model_choice import ModelChoice, at_least_one
 from structmat.training.task import Source, Task
 from structmat.training.tasks.classification import heldout, loss, majority
+from structmat.training.tasks.mlp_model import mlp_choice
 
 PIXELS, CLASSES = 64, 10
 
 
-def build_mlp(config: Any) -> MLP:
-    """The module."""
-    m = config.model
-    return MLP(CLASSES, m.width, m.layers, m.dropout, dtype=jnp.dtype(m.dtype))
-
-
-MODELS = {
-    "mlp": ModelChoice(
-        fields=dict(
-            layers=2,  # hidden layers
-            width=128,
-            dropout=0.0,
-            dtype="float32",  # compute dtype; parameters stay float32
-        ),
-        check=lambda config: at_least_one(config.model, ("layers", "width")),
-        build=build_mlp,
-        base=lambda config: build_mlp(config).clone(width=config.mup.base_width),
-    ),
-}
+MODELS = {"mlp": mlp_choice(CLASSES, layers=2)}
 
 
 def defaults(model: str = "mlp") -> dict[str, Any]:

@@ -11,32 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from structmat.data import teacher
-from structmat.models import MLP
 from structmat.training.applied import applied, with_auxiliary
 from structmat.training.errors import ConfigError
-from structmat.training.model_choice import ModelChoice, at_least_one
 from structmat.training.task import Batch, Source, Task, Variables
+from structmat.training.tasks.mlp_model import mlp_choice
 
-
-def build_mlp(config: Any) -> MLP:
-    """The module; its single class is the prediction."""
-    m = config.model
-    return MLP(1, m.width, m.layers, m.dropout, dtype=jnp.dtype(m.dtype))
-
-
-MODELS = {
-    "mlp": ModelChoice(
-        fields=dict(
-            layers=3,  # hidden layers
-            width=128,
-            dropout=0.0,
-            dtype="float32",  # compute dtype; parameters stay float32
-        ),
-        check=lambda config: at_least_one(config.model, ("layers", "width")),
-        build=build_mlp,
-        base=lambda config: build_mlp(config).clone(width=config.mup.base_width),
-    ),
-}
+MODELS = {"mlp": mlp_choice(1, layers=3)}
+"""Its single output is the prediction."""
 
 
 def defaults(model: str = "mlp") -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments.tables import bases, report, runner
+from experiments.tables import bases, report, runner, timing
 from experiments.tables import plan as planning
 from experiments.tables.bases import Base
 from experiments.tables.plan import TUNE_SEED, Run, best_rate, key_of, plan
@@ -221,3 +221,18 @@ def test_arms_projected_at_the_end_are_sized_as_they_are_evaluated(monkeypatch):
     params = {name: cost_of(config).params for name, config in rows.items()}
     assert params["cut"] == 4 * (64 + 32) + 4 * (32 + 32) + 2 * 32 + 330 < params["whole"] == params[DENSE]
     assert params[SMALL] <= params["cut"] and 0.9 * params["cut"] < params[LOW_RANK] <= params["cut"]
+
+
+def test_steps_are_timed_beside_dense(trained, tmp_path):
+    store = Store(tmp_path, "cpu")
+    run_table(TABLE, "cpu", store, tmp_path / "runs", 60)
+    assert "not timed yet" in conditions(results_of(plan(TABLE, "cpu", store), store))
+    record = timing.time_table(TABLE, "cpu", store)
+    times = results_of(plan(TABLE, "cpu", store), store).times
+    assert times and times.over_dense.keys() == {DENSE, SMALL, LOW_RANK, "monarch", "monarch, decayed"}
+    assert times.over_dense[DENSE] == 1 and all(ratio > 0 for ratio in times.over_dense.values())
+    assert all(row["seconds"] > 0 for row in record.metrics["rows"].values()) and times.repeats >= timing.FEWEST
+    other = dataclasses.replace(TABLE, arms=(Arm("monarch", {"structure": "monarch(blocks=2)"}), TABLE.arms[1]))
+    changed = timing.known_times(other, "cpu", store)  # low rank is sized by what has changed
+    assert changed and changed.over_dense.keys() == {DENSE, "monarch, decayed"}
+    assert timing.known_times(dataclasses.replace(TABLE, name="other"), "cpu", store) is None
