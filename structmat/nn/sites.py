@@ -17,9 +17,11 @@ import flax.linen as nn
 import jax
 
 from structmat.structures import Bound, Rules, Structure, StructureError
+from structmat.structures.fourier_weight import bind_fourier_weight
 
-Kind = Literal["linear", "conv", "embed", "head"]
+Kind = Literal["linear", "conv", "embed", "head", "spectral"]
 KINDS = ("linear", "conv", "embed", "head")
+"""What a matrix may be; `spectral` is the kind of a Fourier layer's tensor."""
 
 _records: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("sites", default=None)
 
@@ -39,7 +41,7 @@ class Site:
 
     Attributes:
       bound: its structure with sizes.
-      kind: `linear`, `conv`, `embed` or `head`.
+      kind: `linear`, `conv`, `embed`, `head` or `spectral`.
       stack: None for a weight of its own, else its place in a scanned group.
       in_axes, out_axes: logical axis names of its input and output.
     """
@@ -176,6 +178,8 @@ def bind(path: str, site: Site, structure: Structure) -> Bound:
       StructureError: it does not fit them; names the site.
     """
     try:
+        if site.kind == "spectral":
+            return bind_fourier_weight(structure, site.bound.in_shape, site.bound.out_shape)
         return structure.bind(site.bound.in_shape, site.bound.out_shape)
     except StructureError as error:
         raise StructureError(f"site {path}: {error}") from None

@@ -92,7 +92,7 @@ def test_gradients_agree_between_paths():
 
 @pytest.mark.parametrize("view", ["channel", "spatial", "decoupled"])
 def test_views_are_inverse_and_projection_of_a_trained_kernel_is_optimal(view):
-    """Truncating the view's SVD and convolving by factors equals convolving with the truncated kernel (TRP card)."""
+    """Truncating the view's SVD and convolving by factors equals convolving with the truncated kernel."""
     rng = np.random.default_rng(3)
     kernel, x = flat(rng, *WINDOW, CIN, COUT), flat(rng, 2, 5, 5, CIN)
     matrix = matrix_of(kernel, view)

@@ -1,4 +1,4 @@
-"""Block tensor train against the entry formula, the cards' reference values and TT-SVD's guarantee."""
+"""Block tensor train against the entry formula, reference values and TT-SVD's guarantee."""
 
 import functools
 import itertools

@@ -116,7 +116,7 @@ def test_costs_of_the_cards(text, sizes, params, macs):
 
 
 def test_kronecker_takes_the_cheaper_order():
-    """Card kronecker: MACs per token and term min(n2 m1 (n1 + m2), n1 m2 (n2 + m1))."""
+    """MACs per token and term min(n2 m1 (n1 + m2), n1 m2 (n2 + m1))."""
     for (n1, n2), (m1, m2) in itertools.product(((2, 12), (12, 2), (4, 6)), ((3, 12), (12, 3), (6, 6))):
         bound = structmat.parse(f"kronecker(in_factors=({n1}, {n2}), out_factors=({m1}, {m2}))").bind(24, 36)
         assert bound.cost(1).flops == 2 * min(n2 * m1 * (n1 + m2), n1 * m2 * (n2 + m1))
