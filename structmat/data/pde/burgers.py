@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from structmat.data.pde.random_fields import torus_field
-from structmat.data.pde.spec import Spec
+from structmat.data.pde.spec import Flow
 from structmat.data.pde.spectral import unaliased, wavenumbers
 from structmat.data.pde.steps import steps_between
 from structmat.data.pde.store import BATCH, FieldSet, load
@@ -62,10 +62,10 @@ def _advance(velocity: jax.Array, viscosity: jax.Array, dt: jax.Array, steps: in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Burgers(Spec):
+class Burgers(Flow):
     """Pairs of initial velocity and the velocity at `snapshots` times up to `time`.
 
-    The paper: covariance 625 (25 - Laplacian)^-2, viscosity 0.1, time 1, solved at 8192 points.
+    Li et al. 2021: covariance 625 (25 - Laplacian)^-2, viscosity 0.1, time 1, solved at 8192 points.
 
     Attributes:
       alpha, tau, sigma: of the initial field, see `torus_field`.
@@ -74,7 +74,6 @@ class Burgers(Spec):
     viscosity: float = 0.1
     time: float = 1.0
     dt: float = 1e-3
-    snapshots: int = 1
     alpha: float = 2.0
     tau: float = 5.0
     sigma: float = 25.0
@@ -83,15 +82,6 @@ class Burgers(Spec):
     periodic: ClassVar[bool] = True
     kind: ClassVar[str] = "burgers"
     version: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        steps_between(self.time, self.dt, self.snapshots)
-
-    @property
-    def times(self) -> np.ndarray:
-        """float64 (snapshots,)."""
-        return self.time * np.arange(1, self.snapshots + 1) / self.snapshots
 
     def describe(self) -> str:
         """For people."""

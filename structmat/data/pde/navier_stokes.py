@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from structmat.data.pde.random_fields import torus_field
-from structmat.data.pde.spec import Spec
+from structmat.data.pde.spec import Flow
 from structmat.data.pde.spectral import unaliased, wavenumbers
 from structmat.data.pde.steps import steps_between
 from structmat.data.pde.store import BATCH, FieldSet, load
@@ -86,7 +86,7 @@ def _advance(
 
 
 @dataclass(frozen=True, kw_only=True)
-class NavierStokes(Spec):
+class NavierStokes(Flow):
     """Pairs of initial vorticity and the vorticity at `snapshots` times up to `time`.
 
     The papers: viscosity 1e-3, 1e-4, 1e-5 to time 50, 30, 20, solved at 256 x 256 with dt 1e-4, kept at 64 x 64.
@@ -96,9 +96,6 @@ class NavierStokes(Spec):
     """
 
     viscosity: float
-    time: float
-    dt: float
-    snapshots: int = 1
     forcing: float = 0.1
     alpha: float = 2.5
     tau: float = 7.0
@@ -107,15 +104,6 @@ class NavierStokes(Spec):
     periodic: ClassVar[bool] = True
     kind: ClassVar[str] = "navier_stokes"
     version: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        steps_between(self.time, self.dt, self.snapshots)
-
-    @property
-    def times(self) -> np.ndarray:
-        """float64 (snapshots,)."""
-        return self.time * np.arange(1, self.snapshots + 1) / self.snapshots
 
     def describe(self) -> str:
         """For people."""

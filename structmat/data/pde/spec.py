@@ -13,6 +13,7 @@ import numpy as np
 
 from structmat.data.errors import DataError
 from structmat.data.pde.coarse import check_coarser
+from structmat.data.pde.steps import steps_between
 
 DTYPES = ("float32", "float64")
 
@@ -82,3 +83,21 @@ class Spec(ABC):
     @abstractmethod
     def sample(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One input (*grid) and its outputs (snapshots, *grid) on the solver's grid; traceable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow(Spec):
+    """Of an equation in time: outputs are its fields at `snapshots` equally spaced times up to `time`, in steps of dt."""
+
+    time: float
+    dt: float
+    snapshots: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps_between(self.time, self.dt, self.snapshots)
+
+    @property
+    def times(self) -> np.ndarray:
+        """float64 (snapshots,)."""
+        return self.time * np.arange(1, self.snapshots + 1) / self.snapshots
