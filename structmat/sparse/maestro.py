@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from structmat.nn import Site, leaf_groups
+from structmat.nn import Site
 from structmat.nn.method import Method, Penalty, View
 from structmat.nn.sites import array_path
 from structmat.sparse.masks import get, map_mirrors, put
+from structmat.sparse.places import Place, none_of, places
 from structmat.structures import StructureError
 from structmat.structures.ordered import BoundOrdered, acting, importance, tail_norms
 from structmat.structures.ordered_cut import cut_widths
@@ -84,44 +85,20 @@ class Maestro(Method):
         return {"ranks": ranks, "params": params, "site_params": sum(params.values()), "dense_site_params": dense}
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """The arrays of one ordered site; those of a scanned group have a leading axis over its layers.
-
-    Attributes:
-      place: path of the arrays in the variables. bound: of each layer. layers: how many; None for one without the axis.
-    """
-
-    place: tuple[str, ...]
-    bound: BoundOrdered
-    layers: int | None
-
-    def leaf(self, name: str) -> tuple[str, ...]:
-        """Path of a leaf within its collection."""
-        return (*self.place, name)
-
-
-def find_ordered(sites: Mapping[str, Site]) -> tuple[Group, ...]:
+def find_ordered(sites: Mapping[str, Site]) -> tuple[Place, ...]:
     """The ordered sites of a model.
 
     Raises:
       StructureError: there are none.
     """
-    found = tuple(
-        Group(place, site.bound, site.stack.size if site.stack else None)
-        for place, (_, site) in leaf_groups(sites).items()
-        if isinstance(site.bound, BoundOrdered)
-    )
+    found = tuple(place for place in places(sites).values() if isinstance(place.bound, BoundOrdered))
     if not found:
-        there = dict.fromkeys(site.bound.structure.short() for site in sites.values())
-        raise StructureError(
-            "maestro finds the ranks of sites that are structure='ordered()', and this model has none; its structures: "
-            + ", ".join(there)
-        )
+        what = "maestro finds the ranks of sites that are structure='ordered()'"
+        raise none_of(sites, f"{what}, and this model has none")
     return found
 
 
-def truncated(groups: Sequence[Group], seed: int, frozen: Any, key: jax.Array, step: jax.Array) -> Any:
+def truncated(groups: Sequence[Place], seed: int, frozen: Any, key: jax.Array, step: jax.Array) -> Any:
     """The frozen leaves with one layer truncated, drawn by `draw`; `key`, of this step alone, is not used."""
     widths = _widths(groups, frozen)
     layer, width = draw(seed, step, widths, [group.bound.structure.rank for group in _each(groups)])
@@ -148,9 +125,9 @@ def draw(seed: int, step: jax.Array, widths: jax.Array, ranks: Sequence[int]) ->
     return layer[at], number[at]
 
 
-def hierarchical_lasso(groups: Sequence[Group], variables: Mapping[str, Any]) -> jax.Array:
+def hierarchical_lasso(groups: Sequence[Place], variables: Mapping[str, Any]) -> jax.Array:
     """f32 (): the sum over layers and components i of |a[i:]| + |b[i:]| in Frobenius norm."""
-    leaves = [get(variables["params"], group.leaf(name)) for group in groups for name in ("a", "b")]
+    leaves = [get(variables["params"], group.path(name)) for group in groups for name in ("a", "b")]
     return sum(jnp.sum(tail_norms(leaf)) for leaf in leaves)
 
 
@@ -162,7 +139,7 @@ class Shrink:
       groups: the sites. every, threshold: as in the method. last: the run's last step. budget: numbers left after it.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[Place, ...]
     every: int
     threshold: float
     last: int
@@ -179,17 +156,17 @@ class Shrink:
 
     def update(self, key: jax.Array, step: jax.Array, dense_grads: Mapping[str, jax.Array], state: Any) -> Any:
         """Widths without the components below the threshold, and after the last step within the budget."""
-        found = [importance(*(get(state.params, group.leaf(name)) for name in ("a", "b"))) for group in self.groups]
+        found = [importance(*(get(state.params, group.path(name)) for name in ("a", "b"))) for group in self.groups]
         kept = jnp.concatenate([jnp.sum(i >= self.threshold, axis=-1, dtype=jnp.int32).reshape(-1) for i in found])
         widths = jnp.clip(kept, 1, _widths(self.groups, state.frozen))
         if self.budget is not None:
             widths = jnp.where(step == self.last, self.cut(widths, found), widths)
         frozen, params, acts = _with_widths(self.groups, state.frozen, widths), state.params, {}
         for group in self.groups:
-            mask = acting(get(frozen, group.leaf("width")), group.bound.structure.rank)[..., None]
+            mask = acting(get(frozen, group.path("width")), group.bound.structure.rank)[..., None]
             for name in ("a", "b"):
-                acts["/".join(group.leaf(name))] = mask
-                params = put(params, group.leaf(name), jnp.where(mask, get(params, group.leaf(name)), 0))
+                acts[group.text(name)] = mask
+                params = put(params, group.path(name), jnp.where(mask, get(params, group.path(name)), 0))
         clear = lambda path, leaf: jnp.where(acts[path], leaf, 0) if path in acts else leaf
         return state.replace(params=params, frozen=frozen, opt_state=map_mirrors(clear, params, state.opt_state))
 
@@ -199,30 +176,30 @@ class Shrink:
         return cut_widths(_bounds(self.groups), widths, rows, self.budget)
 
 
-def _each(groups: Sequence[Group]) -> list[Group]:
+def _each(groups: Sequence[Place]) -> list[Place]:
     """Every group as often as it has layers."""
-    return [group for group in groups for _ in range(group.layers or 1)]
+    return [group for group in groups for _ in group.layers]
 
 
-def _bounds(groups: Sequence[Group]) -> list[BoundOrdered]:
+def _bounds(groups: Sequence[Place]) -> list[BoundOrdered]:
     return [group.bound for group in _each(groups)]
 
 
-def _widths(groups: Sequence[Group], frozen: Any) -> jax.Array:
+def _widths(groups: Sequence[Place], frozen: Any) -> jax.Array:
     """int32 (layers,): of all groups in turn."""
-    return jnp.concatenate([get(frozen, group.leaf("width")).reshape(-1) for group in groups])
+    return jnp.concatenate([get(frozen, group.path("width")).reshape(-1) for group in groups])
 
 
-def _with_widths(groups: Sequence[Group], frozen: Any, widths: jax.Array) -> Any:
+def _with_widths(groups: Sequence[Place], frozen: Any, widths: jax.Array) -> Any:
     start = 0
     for group in groups:
-        own = widths[start : start + (group.layers or 1)]
-        frozen = put(frozen, group.leaf("width"), own[0] if group.layers is None else own)
+        own = widths[start : start + len(group.layers)]
+        frozen = put(frozen, group.path("width"), own if group.stacked else own[0])
         start += len(own)
     return frozen
 
 
-def _shapes(groups: Sequence[Group]) -> tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]:
+def _shapes(groups: Sequence[Place]) -> tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]:
     each = _each(groups)
     rows = [jax.ShapeDtypeStruct((group.bound.structure.rank,), jnp.float32) for group in each]
     return jax.ShapeDtypeStruct((len(each),), jnp.int32), rows

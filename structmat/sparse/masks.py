@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from structmat.nn import Site
-from structmat.sparse.places import places
+from structmat.sparse.places import none_of, places
 from structmat.structures import Bound, StructureError
 from structmat.structures.dense import BoundDense
 from structmat.structures.masked import BoundMasked
@@ -74,11 +74,8 @@ def find_masks(sites: Mapping[str, Site], name: str) -> tuple[Mask, ...]:
                 )
             found.append(Mask(term.site, term.inner, bound.pattern.count, term.layers, term.stacked, apart))
     if not found:
-        there = dict.fromkeys(site.bound.structure.short() for site in sites.values())
-        raise StructureError(
-            f"{name} moves the support of masked dense weights, such as structure={EXAMPLE!r}, and this model has none; "
-            f"its structures: {', '.join(there)}"
-        )
+        what = f"{name} moves the support of masked dense weights, such as structure={EXAMPLE!r}"
+        raise none_of(sites, f"{what}, and this model has none")
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from structmat.nn import Site, leaf_groups
-from structmat.structures import Bound
+from structmat.structures import Bound, StructureError
 from structmat.structures.algebra import BoundSum
 from structmat.structures.bottleneck import BoundBottleneck
 from structmat.structures.parallel_branches import BoundParallel
@@ -78,3 +78,9 @@ def places(sites: Mapping[str, Site]) -> dict[str, Place]:
         layers = tuple(numbers[p] for p, s in sites.items() if (s.stack.path if s.stack else p) == "/".join(place))
         found[path] = Place(place, (), site.bound, layers, site.stack is not None)
     return found
+
+
+def none_of(sites: Mapping[str, Site], what: str) -> StructureError:
+    """The error of a method `what` finds nothing for, with the structures there are."""
+    there = dict.fromkeys(site.bound.structure.short() for site in sites.values())
+    return StructureError(f"{what}; its structures: {', '.join(there)}")

@@ -18,7 +18,7 @@ import optax
 from structmat.nn import Site
 from structmat.nn.method import Method
 from structmat.sparse.masks import get, map_mirrors, put
-from structmat.sparse.places import Place, places
+from structmat.sparse.places import Place, none_of, places
 from structmat.sparse.warm_up import begin_again, warm_up
 from structmat.structures import StructureError
 from structmat.structures.algebra import trains
@@ -77,11 +77,8 @@ def find_adapters(sites: Mapping[str, Site]) -> tuple[tuple[Place, Place], ...]:
         if len(still) == len(low) == 1:
             found.append((still[0], low[0]))
     if not found:
-        there = dict.fromkeys(site.bound.structure.short() for site in sites.values())
-        raise StructureError(
-            f"relora merges a low-rank term into a frozen dense one, as in structure={EXAMPLE!r}, and this model has no "
-            f"such sum of one of each; its structures: {', '.join(there)}"
-        )
+        what = f"relora merges a low-rank term into a frozen dense one, as in structure={EXAMPLE!r}"
+        raise none_of(sites, f"{what}, and this model has no such sum of one of each")
     return tuple(found)
 
 

@@ -20,7 +20,7 @@ import optax
 from structmat.nn import Site
 from structmat.nn.method import Method
 from structmat.sparse.masks import get, map_mirrors, put
-from structmat.sparse.places import Place, places
+from structmat.sparse.places import Place, none_of, places
 from structmat.sparse.warm_up import begin_again, warm_up
 from structmat.structures import StructureError
 from structmat.structures.leaf import Params
@@ -84,11 +84,8 @@ def find_spectra(sites: Mapping[str, Site]) -> tuple[Place, ...]:
                 )
         found += own
     if not found:
-        there = dict.fromkeys(site.bound.structure.short() for site in sites.values())
-        raise StructureError(
-            "sst trains matrices kept as singular triplets, such as structure='sst(rank=16)', and this model has none; "
-            f"its structures: {', '.join(there)}"
-        )
+        what = "sst trains matrices kept as singular triplets, such as structure='sst(rank=16)'"
+        raise none_of(sites, f"{what}, and this model has none")
     return tuple(found)
 
 
