@@ -108,9 +108,7 @@ def _small(config: ConfigDict, params: int, dense: int) -> Arm | None:
 def row_of(arm: Arm, record: Record, dense: Record, seconds: float, dense_seconds: float) -> dict[str, Any]:
     """One row of the table, all figures from the records, the resolved structures and the steps timed in turn."""
     sites = [s for s in arm.task.table.values() if s.bound.structure.name != "dense"]
-    dense_size, size = (
-        sum(f(s) for s in sites) for f in (lambda s: s.bound.d_in * s.bound.d_out, lambda s: s.bound.params)
-    )
+    dense_size, size = (sum(f(s) for s in sites) for f in (lambda s: s.bound.dense_params, lambda s: s.bound.params))
     metrics, base = record.metrics, dense.metrics
     texts = list(dict.fromkeys(s.bound.structure.short() for s in sites))
     return {

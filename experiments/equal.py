@@ -7,6 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from structmat.nn import Site
+from structmat.nn.sites import bind
 from structmat.structures import Rules, Structure, StructureError
 from structmat.training.config import validate
 from structmat.training.errors import ConfigError
@@ -66,7 +68,7 @@ def of_share(config: ConfigDict, text: str, params: int, precision: float = 1 / 
         try:
             for path, structure in Rules.of(at(steps * precision).structure).matched(kinds).items():
                 site = dense.table[path]
-                size += _params(structure, site.bound.in_shape, site.bound.out_shape) - site.bound.params
+                size += _params(structure, site) - site.bound.params
         except StructureError:
             return True  # no member is so small
         return size <= params
@@ -82,5 +84,5 @@ def of_share(config: ConfigDict, text: str, params: int, precision: float = 1 / 
 
 
 @functools.lru_cache(maxsize=1024)
-def _params(structure: Structure, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> int:
-    return structure.bind(in_shape, out_shape).params
+def _params(structure: Structure, site: Site) -> int:
+    return bind("", site, structure).params

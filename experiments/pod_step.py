@@ -199,7 +199,7 @@ def account(step: Lowered) -> Account:
             memory=(program.argument_bytes + program.output_bytes) / chip.bandwidth,
             network=seconds(found, chip.name),
         )
-    dense = sum(site.bound.d_in * site.bound.d_out - site.bound.params for site in task.table.values())
+    dense = sum(site.bound.dense_params - site.bound.params for site in task.table.values())
     return Account(
         pod=str(step.pod),
         devices=mesh.size,

@@ -124,7 +124,7 @@ def _size(table: Table, dense: ConfigDict, reference: ConfigDict) -> int:
     if table.share is None:
         return ended(reference, validate(reference)).params
     task = validate(dense)
-    entries = sum(site.bound.d_in * site.bound.d_out for site in task.table.values() if site.kind == "linear")
+    entries = sum(site.bound.dense_params for site in task.table.values() if site.kind == "linear")
     return task.params - round((1 - table.share) * entries)
 
 

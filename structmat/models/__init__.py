@@ -1,9 +1,13 @@
 """Models built from structmat.nn."""
 
+from structmat.models.fno import FNO
 from structmat.models.gpt import GPT
 from structmat.models.llama import Llama
 from structmat.models.mlp import MLP
+from structmat.models.monarch_operator import MonarchOperator
+from structmat.models.msense import MSense
 from structmat.models.resnet import ResNet
+from structmat.models.unet import UNet
 from structmat.models.vit import ViT
 
-__all__ = ["GPT", "MLP", "Llama", "ResNet", "ViT"]
+__all__ = ["FNO", "GPT", "MLP", "Llama", "MSense", "MonarchOperator", "ResNet", "UNet", "ViT"]

@@ -1,4 +1,7 @@
-"""mSENSE: SENSE with a learnable inverse Fourier transform (Dao et al. 2022, section 5.2, their zero-filled SENSE)."""
+"""mSENSE: SENSE with a learnable inverse Fourier transform (Dao et al. 2022, section 5.2).
+
+The transform is replaced in one step of SENSE; whether the SENSE of the paper's tables iterates is not known to us.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from structmat.nn.monarch_transform import MonarchTransform
 
 
 class MSense(nn.Module):
-    """kspace `(..., coils, h, w)`, maps `(..., coils, h, w)`, mask (h, w) -> image `(..., h, w)` complex.
+    """kspace and maps `(..., coils, h, w)`, mask (h, w) or broadcast to kspace -> image `(..., h, w)` complex.
 
     Of every coil the masked k-space goes through two learnable transforms, along columns and along rows, which all coils
     share; then coils are combined as in SENSE. At initialisation it is `sense.zero_filled`. Linear in k-space, with
@@ -23,7 +26,8 @@ class MSense(nn.Module):
     Sites of kind `linear`: rows (length h) and columns (length w). Gradients are complex, see `MonarchTransform`.
 
     Attributes:
-      structures: site -> structure, from `structmat.nn.assign`; sites left out are Monarch factor pairs, not dense.
+      structures: site -> structure, from `structmat.nn.assign`, which makes dense(), a full matrix, of sites that no rule
+        matches. A site left out here, as in MSense() itself, is a Monarch factor pair.
       param_dtype: complex64 or complex128.
     """
 

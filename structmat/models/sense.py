@@ -6,7 +6,6 @@ of `jnp.fft`, zero frequency first.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -32,18 +31,18 @@ def zero_filled(
 ) -> jax.Array:
     """A^H: k-space `(..., coils, h, w)` -> image `(..., h, w)`, what was not sampled taken for zero.
 
-    This is the SENSE of the tables of Dao et al. 2022; `inverse` replaces its transform.
+    One step of SENSE without iterating; `inverse` is what `structmat.models.msense` replaces in it.
     """
     return (maps.conj() * inverse(mask * kspace)).sum(-3)
 
 
-@functools.partial(jax.jit, static_argnames=("iterations",))
+@jax.jit
 def sense(
     kspace: jax.Array,
     maps: jax.Array,
     mask: jax.Array,
     weight: float | jax.Array = 0.0,
-    iterations: int = 30,
+    iterations: int | jax.Array = 30,
     tolerance: float | jax.Array = 1e-6,
 ) -> jax.Array:
     """The minimiser of |A x - y|^2 + weight |x|^2 by conjugate gradients on (A^H A + weight) x = A^H y, matrix-free.

@@ -244,6 +244,11 @@ class Bound:
         )
 
     @property
+    def dense_params(self) -> int:
+        """Real numbers of the dense matrix."""
+        return self.d_in * self.d_out * (2 if self.is_complex else 1)
+
+    @property
     def params(self) -> int:
         """Stored real numbers, as in `cost`."""
         return sum(count_params(leaf) for _, leaf in flatten_leaves(self.leaves()))

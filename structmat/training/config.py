@@ -171,9 +171,9 @@ def _check_ranges(config: ConfigDict) -> None:
         _at_least(config, field, 0)
     if config.steps >= 2**31:
         raise ConfigError("steps", config.steps, "must be below 2147483648")
-    if not 0 <= config.model.dropout < 1:
+    if not 0 <= config.model.get("dropout", 0.0) < 1:
         raise ConfigError("model.dropout", config.model.dropout, "must be in [0, 1)", "0.1 is common")
-    if config.model.dtype not in DTYPES:
+    if config.model.get("dtype", DTYPES[0]) not in DTYPES:
         raise ConfigError(
             "model.dtype", config.model.dtype, "no such compute dtype" + suggest(config.model.dtype, DTYPES)
         )

@@ -273,7 +273,7 @@ def train(
                 "step_bytes": describe(step_fn, mesh).bytes,
                 "params": task.params,
                 "site_params": sum(site.bound.params for site in task.table.values()),
-                "dense_site_params": sum(site.bound.d_in * site.bound.d_out for site in task.table.values()),
+                "dense_site_params": sum(site.bound.dense_params for site in task.table.values()),
                 "flops_per_unit": task.flops(),
                 "skipped": int(state.skips[1]),
                 "switches": extra["switches"],

@@ -32,7 +32,7 @@ def show_sites(task: Task, template: TrainState, console: Console) -> None:
         leaves = {p: v for part in kept for p, v in part.items() if mine(p)}
         claimed |= set(leaves)
         layers = site.stack.size if site.stack else 1
-        params, dense = layers * site.bound.params, layers * site.bound.d_in * site.bound.d_out
+        params, dense = layers * site.bound.params, layers * site.bound.dense_params
         bytes_ = _mirrored(opt, leaves)
         totals = [a + b for a, b in zip(totals, (params, dense, bytes_))]
         specs = " ".join(f"{p.removeprefix(name + '/')}{_spec(v)}" for p, v in leaves.items())

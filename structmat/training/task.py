@@ -85,9 +85,10 @@ class Task:
 
     @functools.cached_property
     def params(self) -> int:
-        """Parameters of the whole model, frozen ones included; indices and masks are not parameters."""
+        """Real parameters of the whole model, frozen ones included: a complex entry is two, an index or mask is none."""
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), *self.example)
-        return sum(leaf.size for leaf in jax.tree.leaves(shapes) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+        floats = [leaf for leaf in jax.tree.leaves(shapes) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        return sum(leaf.size * (1 + jnp.iscomplexobj(leaf)) for leaf in floats)
 
     def flops(self, executed: bool = False) -> int:
         """FLOPs of one forward pass per unit: products and attention.

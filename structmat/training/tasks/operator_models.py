@@ -1,0 +1,210 @@
+"""The models of periodic fields in two dimensions: the fields of each in a config, how it is built, what its sites multiply."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax.numpy as jnp
+
+from structmat.models import FNO, MonarchOperator, UNet
+from structmat.models.multigrid import margin_points
+from structmat.nn.monarch_transform import bind_transform
+from structmat.nn.spectral_conv import kept
+from structmat.structures import StructureError
+from structmat.structures.convolution import View
+from structmat.structures.errors import suggest
+from structmat.structures.fft import fft_flops
+from structmat.training.errors import ConfigError
+from structmat.training.model_choice import ModelChoice, at_least_one
+
+FNO_SIZES = ("width", "layers", "modes")
+SHARED = dict(
+    dtype="float32",  # of products at points; transforms are in float32, parameters float32 and complex64
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorModel(ModelChoice):
+    """A model with what its FLOPs are counted from.
+
+    Attributes:
+      rows: (config) -> (site path) -> rows it multiplies for one field.
+      other_flops: (config) -> FLOPs of a forward pass per field outside the sites: the transforms.
+      any_grid: whether the same parameters apply on other grids.
+    """
+
+    rows: Callable[[Any], Callable[[str], int]]
+    other_flops: Callable[[Any], int]
+    any_grid: bool
+
+
+def _modes_fit(m: Any, side: int) -> None:
+    if m.modes > side:
+        raise ConfigError("model.modes", m.modes, f"the layers see {side} points a side", f"at most {side} is valid")
+
+
+# -- FNO -----------------------------------------------------------------------------------------------------------------
+
+
+def check_fno(config: Any) -> None:
+    """Refuse sizes and patches no FNO can have."""
+    m, n = config.model, config.data.resolution
+    at_least_one(m, FNO_SIZES)
+    if m.levels < 0 or n % 4**m.levels:
+        most = next(level for level in range(n.bit_length(), -1, -1) if n % 4**level == 0)
+        raise ConfigError("model.levels", m.levels, f"4^levels must divide data.resolution={n}", f"0 to {most} do")
+    if not 0 <= m.margin <= 1:
+        raise ConfigError("model.margin", m.margin, "must be a fraction of the side in [0, 1]", "0.1 is")
+    _modes_fit(m, side_of(config))
+
+
+def build_fno(config: Any) -> FNO:
+    """The module."""
+    m = config.model
+    own = {name: m[name] for name in ("width", "layers", "grid", "levels", "margin")}
+    return FNO(**own, modes=(m.modes, m.modes), dtype=jnp.dtype(m.dtype))
+
+
+def side_of(config: Any) -> int:
+    """Points a side of what the layers see: a patch with its margins."""
+    n = config.data.resolution
+    return n // 2**config.model.levels + 2 * margin_points(config.model.margin, (n,))[0]
+
+
+def fno_rows(config: Any) -> Callable[[str], int]:
+    """Points of all patches; of a Fourier layer's weight, patches."""
+    patches = 4**config.model.levels
+    points = patches * side_of(config) ** 2
+    return lambda path: patches if path.endswith("/spectral") else points
+
+
+def fno_flops(config: Any) -> int:
+    """Of the transforms: real along the last axis, then complex ones of the frequencies kept, and back."""
+    m, side = config.model, side_of(config)
+    one_way = fft_flops(side, side, real=True) + fft_flops(kept((m.modes, m.modes))[-1], side)
+    return 4**m.levels * m.layers * m.width * 2 * one_way
+
+
+# -- Monarch operator ----------------------------------------------------------------------------------------------------
+
+
+def check_monarch(config: Any) -> None:
+    """Refuse sizes and transforms no Monarch operator can have."""
+    m, n = config.model, config.data.resolution
+    at_least_one(m, FNO_SIZES)
+    _modes_fit(m, n)
+    try:
+        bind_transform(n, structure=m.transform or None)
+    except StructureError as error:
+        raise ConfigError("model.transform", m.transform, str(error)) from None
+
+
+def build_monarch(config: Any) -> MonarchOperator:
+    """The module."""
+    m = config.model
+    own = {name: m[name] for name in ("width", "layers", "grid")}
+    modes, transform = (m.modes, m.modes), m.transform or None
+    return MonarchOperator(**own, modes=modes, transform=transform, dtype=jnp.dtype(m.dtype))
+
+
+def monarch_rows(config: Any) -> Callable[[str], int]:
+    """As an FNO's; of a transform, the channels of the other axis: all of it beside the last one, of the first the kept."""
+    m, n = config.model, config.data.resolution
+    lines = {"0": m.width * kept((m.modes, m.modes))[-1], "1": m.width * n}
+
+    def rows(path: str) -> int:
+        *_, name = path.split("/")
+        if name.startswith(("forward_", "inverse_")):
+            return lines[name[-1]]
+        return 1 if name == "spectral" else n**2
+
+    return rows
+
+
+# -- U-Net ---------------------------------------------------------------------------------------------------------------
+
+
+def check_unet(config: Any) -> None:
+    """Refuse sizes no U-Net can have."""
+    m, n = config.model, config.data.resolution
+    at_least_one(m, ("width", "depth"))
+    if n % 2**m.depth:
+        most = next(depth for depth in range(n.bit_length(), -1, -1) if n % 2**depth == 0)
+        raise ConfigError(
+            "model.depth", m.depth, f"2^depth must divide data.resolution={n}", f"at most {most} is valid"
+        )
+    if m.view not in get_args(View):
+        raise ConfigError("model.view", m.view, "no such view" + suggest(m.view, get_args(View)))
+
+
+def build_unet(config: Any) -> UNet:
+    """The module, for periodic fields."""
+    m = config.model
+    own = {name: m[name] for name in ("width", "depth", "residual", "view")}
+    return UNet(**own, dtype=jnp.dtype(m.dtype))
+
+
+def unet_rows(config: Any) -> Callable[[str], int]:
+    """Positions of a convolution's output."""
+    depth, n = config.model.depth, config.data.resolution
+
+    def rows(path: str) -> int:
+        first, *_ = path.split("/")
+        halvings = {"head": 0, "middle": depth}.get(first)
+        return (n // 2 ** (int(first.rpartition("_")[2]) if halvings is None else halvings)) ** 2
+
+    return rows
+
+
+MODELS = {
+    "fno": OperatorModel(
+        fields=dict(
+            SHARED,
+            width=32,  # hidden channels
+            layers=3,
+            modes=12,  # frequencies kept along each axis, of both signs
+            grid=True,  # append the coordinates of each point to its channels
+            levels=0,  # of multi-grid patches: 2^levels a side
+            margin=0.0,  # of the whole domain or of each patch, as a fraction of the whole side
+        ),
+        check=check_fno,
+        build=build_fno,
+        base=lambda config: build_fno(config).clone(width=config.mup.base_width),
+        rows=fno_rows,
+        other_flops=fno_flops,
+        any_grid=True,
+    ),
+    "monarch_operator": OperatorModel(
+        fields=dict(
+            SHARED,
+            width=32,  # hidden channels
+            layers=3,
+            modes=12,  # frequencies kept along each axis, of both signs
+            grid=True,  # append the coordinates of each point to its channels
+            transform="",  # structure of the learned transforms; '' is a Monarch pair of slice rank 1
+        ),
+        check=check_monarch,
+        build=build_monarch,
+        base=lambda config: build_monarch(config).clone(width=config.mup.base_width),
+        rows=monarch_rows,
+        other_flops=lambda config: 0,
+        any_grid=False,
+    ),
+    "unet": OperatorModel(
+        fields=dict(
+            SHARED,
+            width=16,  # channels at the top; twice as many after each halving of the side
+            depth=3,  # halvings
+            residual=False,  # add the input to the output
+            view="channel",  # channel | spatial | decoupled: which matrix of a kernel is structured
+        ),
+        check=check_unet,
+        build=build_unet,
+        base=lambda config: build_unet(config).clone(width=config.mup.base_width),
+        rows=unet_rows,
+        other_flops=lambda config: 0,
+        any_grid=True,
+    ),
+}
