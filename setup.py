@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "structmat" / "__init__.py
 CORE = [
     "jax>=0.10",
     "flax>=0.12.8",
+    "opt-einsum>=3.3",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<1",
     "einops>=0.8",

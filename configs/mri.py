@@ -3,7 +3,7 @@
     python -m experiments.train --config=configs/mri.py:msense --workdir=runs/mri_msense
     python -m experiments.train --config=configs/mri.py:unet --workdir=runs/mri_unet --config.data.acceleration=4.0
 
-Section 5.2 of Dao et al. (2022), on phantoms instead of knees. mSENSE trains Monarch factors of the inverse Fourier transforms
+After Dao et al. (2022), on phantoms instead of scans. mSENSE trains Monarch factors of the inverse Fourier transforms
 along rows and columns, of slice rank 1 at side 64: `blocks` should be near the root of another `data.size`, which it divides.
 `--config.structure="dense()"` trains full matrices instead. Zero-filled and conjugate gradient SENSE are in the record.
 """

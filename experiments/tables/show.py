@@ -106,7 +106,8 @@ def _timed(results: Results) -> str:
     if times is None:
         return "not timed yet"
     return (
-        f"median of {times.repeats} pairs of steps, all arms in turn, on {times.date[:10]} "
+        f"median of {times.repeats} pairs of steps, all arms in turn, so without what a method does on fewer than half of "
+        f"them, on {times.date[:10]} "
         f"(`python -m experiments.tables time {plan.table.name} --scale={plan.scale}`)"
     )
 

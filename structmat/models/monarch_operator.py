@@ -1,4 +1,4 @@
-"""Monarch neural operator (Dao et al. 2022, section 5.2): a Fourier neural operator that learns its transforms too."""
+"""Monarch neural operator (Dao et al. 2022): a Fourier neural operator that learns its transforms too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mSENSE: SENSE with a learnable inverse Fourier transform (Dao et al. 2022, section 5.2).
+"""mSENSE: SENSE with a learnable inverse Fourier transform (Dao et al. 2022).
 
 The transform is replaced in one step of SENSE; whether the SENSE of the paper's tables iterates is not known to us.
 """

@@ -1,4 +1,4 @@
-"""Multi-grid domain decomposition (Kossaifi et al. 2023, section 3.3): patches that see their surroundings ever coarser.
+"""Multi-grid domain decomposition (Kossaifi et al. 2023): patches that see their surroundings ever coarser.
 
 The domain is a torus. With L levels every axis is cut into 2^L patches, and a patch carries L + 1 windows of one shape,
 side by side as channels: itself with a margin, then for l = 1 ... L the domain at every 2^l-th point, centred on the patch.

@@ -1,4 +1,4 @@
-"""A learnable Fourier transform: a structured complex matrix that starts as the exact DFT (Dao et al. 2022, section 5.2).
+"""A learnable Fourier transform: a structured complex matrix that starts as the exact DFT (Dao et al. 2022).
 
 With x read as j = p K + k and the result as t = s P + l, n = K P, the DFT is y[s P + l] = sum_k w^(k t) sum_p w^(K p l)
 x[p K + k], w = exp(-2 pi i / n) (Cooley and Tukey 1965): one Monarch factor pair of slice rank 1 between two permutations

@@ -102,6 +102,7 @@ def test_the_plain_layer_is_equivariant(shared):
         assert np.abs(rough.apply(held, x @ d.T, y @ d.T) - rough.apply(held, x, y) @ d.T).max() > 1e-2
 
 
+@pytest.mark.long
 def test_gradients_are_those_of_the_plain_path():
     """Of weights and both inputs, by exact factors and path by path."""
     x, y, weights = inputs("uvu")

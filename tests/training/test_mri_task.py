@@ -195,6 +195,7 @@ def test_wrong_fields_are_named(model, field, value, rule):
     assert error.value.field == field and repr(value) in str(error.value)
 
 
+@pytest.mark.long
 def test_few_scans_raise_psnr_and_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path):
     config = small()
     whole, parts = tmp_path / "whole", tmp_path / "parts"

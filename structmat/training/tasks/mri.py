@@ -1,4 +1,4 @@
-"""Multi-coil MRI from undersampled k-space (section 5.2 of Dao et al. 2022), on phantoms made from seeds.
+"""Multi-coil MRI from undersampled k-space (Dao et al. 2022), on phantoms made from seeds.
 
 The default `structure`, dense(), makes mSENSE learn full matrices; `monarch(blocks=8)` are the factors of the paper for
 images of side 64.
