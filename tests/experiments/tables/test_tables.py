@@ -223,6 +223,7 @@ def test_arms_projected_at_the_end_are_sized_as_they_are_evaluated(monkeypatch):
     assert params[SMALL] <= params["cut"] and 0.9 * params["cut"] < params[LOW_RANK] <= params["cut"]
 
 
+@pytest.mark.long
 def test_steps_are_timed_beside_dense(trained, tmp_path):
     store = Store(tmp_path, "cpu")
     run_table(TABLE, "cpu", store, tmp_path / "runs", 60)
