@@ -43,6 +43,7 @@ def test_kernel_and_gradients_equal_the_reference(shape, dtype, tolerance):
         assert got.dtype == dtype and far(got, want) < tolerance
 
 
+@pytest.mark.long
 def test_several_token_tiles_and_column_groups(monkeypatch):
     """The last token tile is ragged; groups are visited in order; results do not depend on the tiling."""
     x, values, rows, g = problem(300, 4, 4, 2, 128, 128)

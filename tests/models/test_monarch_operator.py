@@ -27,7 +27,7 @@ def without_transforms(tree):
     ("space", "modes", "transform"),
     mostly_long(
         [((8, 6), (4, 6), None), ((9, 8), (5, 3), None), ((12,), (7,), "dense()"), ((16,), (16,), "monarch(blocks=4)")],
-        [((8, 6), (4, 6), None)],
+        [((16,), (16,), "monarch(blocks=4)")],
     ),
 )
 def test_starts_as_the_fourier_layer(space, modes, transform):

@@ -106,6 +106,7 @@ def test_coefficients_there_and_back():
     close(from_low_modes(low_modes(x, (6, 5)), (6, 5), (6, 5)), x)
 
 
+@pytest.mark.long
 def test_shifts_pass_through_and_a_finer_grid_gives_the_same_field():
     layer = SpectralConv(2, (5, 4), structure="cp(rank=3)")
     rng = np.random.default_rng(2)

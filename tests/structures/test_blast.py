@@ -182,6 +182,7 @@ def test_steps_are_least_squares():
             np.testing.assert_allclose(moved[k].T, np.linalg.lstsq(design.T, rows.T)[0], rtol=1e-8)
 
 
+@pytest.mark.long
 def test_diagonal_grams_weigh_rows_and_columns():
     """The weighted problem is the plain one on the scaled matrix; a start is scaled along."""
     with jax.enable_x64(True):

@@ -57,6 +57,7 @@ def test_the_order_of_experts_does_not_matter_and_only_chosen_ones_learn():
     assert {e for e in range(4) if np.any(grads["L"][:, :, e])} == chosen
 
 
+@pytest.mark.long
 def test_the_balance_term_is_least_where_experts_are_used_alike():
     bound, params = drawn(balance=1.0)
     even = params | {"gate": jnp.eye(IN)[:, :4] * 8}

@@ -15,6 +15,7 @@ from structmat import StructureError
 from structmat.structures import butterfly_transforms as transforms
 from structmat.structures.butterfly_projection import peel
 from structmat.structures.butterfly_stages import MERGE_ROWS
+from tests.marks import mostly_long
 from tests.structures.flops import count_flops
 
 SHAPES = [
@@ -247,7 +248,9 @@ def test_a_good_start_is_refined():
     assert warm < 0.1 * error(near) and warm < 0.1 * error(project(member, like=None))
 
 
-@pytest.mark.parametrize("text", ["butterfly()", "butterfly(increasing=False, depth=2, field='complex')"])
+@pytest.mark.parametrize(
+    "text", mostly_long(["butterfly()", "butterfly(increasing=False, depth=2, field='complex')"], ["butterfly()"])
+)
 def test_diagonal_grams_are_absorbed(text):
     """The weighted problem is the plain one for D w E, and is solved as well."""
     rng = np.random.default_rng(4)

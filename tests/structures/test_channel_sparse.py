@@ -204,6 +204,7 @@ def lost(w, rank, count):
     return low, sparse, index
 
 
+@pytest.mark.long
 def test_lost_from_a_dense_matrix():
     """One pass by hand gives LOST; the projection of the sum starts from it and is nearer."""
     with jax.enable_x64(True):

@@ -196,6 +196,7 @@ def test_a_planted_dictionary_is_recovered_from_a_perturbed_start():
         np.testing.assert_allclose(matrix(again), matrix(member), atol=1e-6)
 
 
+@pytest.mark.long
 def test_columns_in_a_union_of_subspaces():
     """32 columns in each of 6 planes of R^24: no low rank of the same size comes near."""
     w = np.concatenate([normal(s, 24, 2) @ normal(9 + s, 2, 32) for s in range(6)], axis=1).astype(np.float32)

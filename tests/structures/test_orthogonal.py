@@ -68,6 +68,7 @@ def test_gradient_of_a_reflection_is_orthogonal_to_it():
         np.testing.assert_allclose(jax.grad(f)(1e-200 * y) * 1e-200, slope, rtol=1e-10)
 
 
+@pytest.mark.long
 def test_zero_vectors_reflect_nothing():
     y = normal(6, 3)
     y[:, 1] = 0

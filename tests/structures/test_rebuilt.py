@@ -7,6 +7,7 @@ import pytest
 
 from structmat.nn import choose_path
 from structmat.structures import parse
+from tests.marks import mostly_long
 
 SLTRAIN = "low_rank(rank=4) + random_sparse(density=0.1)"
 
@@ -16,7 +17,7 @@ def made(text, n=24, m=40):
     return bound, bound.init(jax.random.key(0))
 
 
-@pytest.mark.parametrize("text", [SLTRAIN, "low_rank(rank=4)", "monarch(blocks=2)"])
+@pytest.mark.parametrize("text", mostly_long([SLTRAIN, "low_rank(rank=4)", "monarch(blocks=2)"], ["low_rank(rank=4)"]))
 def test_it_is_the_same_matrix_with_the_same_gradients(text):
     (plain, params), (bound, same) = made(text), made(f"rebuilt({text})")
     jax.tree.map(np.testing.assert_array_equal, params, same)

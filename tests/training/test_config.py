@@ -147,7 +147,9 @@ def test_defaults_are_valid_and_resolve_structures(task, model):
     config.structure = own + "fit(low_rank(), params=0.5)"
     built = validate(config, devices=8)
     names = {(site.kind, site.bound.structure.name) for site in built.table.values()}
-    assert names >= {("conv" if own else "linear", "low_rank")} | ({("head", "dense")} if model not in ("msense", "unet") else set())
+    assert names >= {("conv" if own else "linear", "low_rank")} | (
+        {("head", "dense")} if model not in ("msense", "unet") else set()
+    )
 
 
 def test_identity_leaves_out_what_may_change():
