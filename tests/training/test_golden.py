@@ -43,7 +43,9 @@ def test_dump_and_size(name):
     assert not changes, f"{changes}\nif this is meant: python -m tests.golden.dumps, and commit the diff"
     assert task.params == PUBLISHED.get(name, task.params)
     paper = name in PUBLISHED
-    assert (config.mup.enabled, config.model.dtype) == ((False, "bfloat16") if paper else (True, "float32"))
+    assert (config.mup.enabled, config.model.get("dtype", "float32")) == (
+        (False, "bfloat16") if paper else (True, "float32")
+    )
 
 
 def test_every_dump_has_its_config():
