@@ -14,8 +14,7 @@ from rich.table import Table as Grid
 
 from experiments.pod_step import Pod, account, lower
 from experiments.rows import within
-from experiments.tables.bases import base_of
-from experiments.tables.plan import arms_of
+from experiments.tables.plan import arms_of, base_at
 from experiments.tables.schema import Table, TableError
 from structmat.training.record import Record
 
@@ -34,7 +33,7 @@ def check(tables: Sequence[Table], scale: str, out: Path, minutes: float) -> lis
     plans = [(table, arm.name, config) for table in tables for arm, config in _arms(table, scale)]
     todo = [plan for plan in plans if (plan[0].name, plan[1]) not in done]
     for i, (table, arm, config) in enumerate(within(todo, minutes), 1):
-        pod = base_of(scale, table.bases[scale]).pod
+        pod = base_at(table, scale).pod
         step = lower(config, Pod(pod))
         known = next((r for r in done.values() if r["program"] == step.program), None)
         found = {k: v for k, v in known.items() if k not in ("table", "arm")} if known else account(step).row()
@@ -45,9 +44,7 @@ def check(tables: Sequence[Table], scale: str, out: Path, minutes: float) -> lis
 
 
 def _arms(table: Table, scale: str) -> Any:
-    if scale not in table.bases:
-        raise TableError(f"table {table.name} has no scale {scale!r}; it has {', '.join(table.bases)}")
-    if not base_of(scale, table.bases[scale]).pod:
+    if not base_at(table, scale).pod:
         raise TableError(f"table {table.name}: runs at scale {scale} need no pod; scale paper does")
     return arms_of(table, scale)
 

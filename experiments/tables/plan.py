@@ -80,9 +80,7 @@ def plan(table: Table, scale: str, store: Store) -> Plan:
     Raises:
       TableError: the table has no such scale. ConfigError: an arm is not a valid config.
     """
-    if scale not in table.bases:
-        raise TableError(f"table {table.name} has no scale {scale!r}; it has {', '.join(table.bases)}")
-    base = base_of(scale, table.bases[scale])
+    base = base_at(table, scale)
     rates: dict[str, float | None] = {}
     tried: dict[str, tuple[Run, ...]] = {}
     for arm, config in arms_of(table, scale):
@@ -98,10 +96,25 @@ def plan(table: Table, scale: str, store: Store) -> Plan:
     return Plan(table, scale, base, tuple(rows))
 
 
+def base_at(table: Table, scale: str) -> Base:
+    """The table's base config at a scale.
+
+    Raises:
+      TableError: the table has no such scale.
+    """
+    if scale not in table.bases:
+        raise TableError(f"table {table.name} has no scale {scale!r}; it has {', '.join(table.bases)}")
+    return base_of(scale, table.bases[scale])
+
+
 @functools.cache
 def arms_of(table: Table, scale: str) -> tuple[tuple[Arm, ConfigDict], ...]:
-    """Every arm with its config: the baselines first, sized by the table's reference arm."""
-    start = base_of(scale, table.bases[scale]).make()
+    """Every arm with its config: the baselines first, sized by the table's reference arm.
+
+    Raises:
+      TableError: the table has no such scale, or names what is not there. ConfigError: an arm is not a valid config.
+    """
+    start = base_at(table, scale).make()
     place = lambda arm: f"table {table.name}, arm {arm.name!r}"
     own = [(arm, changed(start, arm.over(start, scale), place(arm))) for arm in table.arms]
     params = _size(table, start, next(config for arm, config in own if arm.name == table.reference))

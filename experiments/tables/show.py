@@ -105,10 +105,10 @@ def _timed(results: Results) -> str:
     plan, times = results.plan, results.times
     if times is None:
         return "not timed yet"
+    record = times.record
     return (
-        f"median of {times.repeats} pairs of steps, all arms in turn, so without what a method does on fewer than half of "
-        f"them, on {times.date[:10]} "
-        f"(`python -m experiments.tables time {plan.table.name} --scale={plan.scale}`)"
+        f"median of {record.metrics['repeats']} pairs of steps, all arms in turn, so without what a method does on fewer than "
+        f"half of them ({_machine(record.device)}, jax {record.versions['jax']}, {record.date[:10]}, `python -m experiments.tables time {plan.table.name} --scale={plan.scale}`)"
     )
 
 

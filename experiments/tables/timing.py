@@ -25,18 +25,17 @@ FEWEST, MOST = 15, 200
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Arm -> the time of its step over that of dense's, as the median of `repeats` pairs."""
+    """Arm -> the time of its step over that of dense's, as the median over pairs, and the Record of all."""
 
     over_dense: Mapping[str, float]
-    repeats: int
-    date: str
+    record: Record
 
 
 def time_table(table: Table, scale: str, store: Store) -> Record:
     """Time every arm's step beside dense's, and keep the Record.
 
     Raises:
-      ConfigError: an arm is not a valid config.
+      TableError, ConfigError: as `arms_of`.
     """
     began = time.perf_counter()
     arms = arms_of(table, scale)
@@ -81,4 +80,4 @@ def known_times(table: Table, scale: str, store: Store) -> Times | None:
     if rows[DENSE]["key"] != now[DENSE]:
         return None
     found = {name: rows[name]["over_dense"] for name, key in now.items() if name in rows and rows[name]["key"] == key}
-    return Times(found, record.metrics["repeats"], record.date)
+    return Times(found, record)

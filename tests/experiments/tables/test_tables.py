@@ -232,8 +232,16 @@ def test_steps_are_timed_beside_dense(trained, tmp_path):
     times = results_of(plan(TABLE, "cpu", store), store).times
     assert times and times.over_dense.keys() == {DENSE, SMALL, LOW_RANK, "monarch", "monarch, decayed"}
     assert times.over_dense[DENSE] == 1 and all(ratio > 0 for ratio in times.over_dense.values())
-    assert all(row["seconds"] > 0 for row in record.metrics["rows"].values()) and times.repeats >= timing.FEWEST
+    assert (
+        all(row["seconds"] > 0 for row in record.metrics["rows"].values())
+        and record.metrics["repeats"] >= timing.FEWEST
+    )
     other = dataclasses.replace(TABLE, arms=(Arm("monarch", {"structure": "monarch(blocks=2)"}), TABLE.arms[1]))
     changed = timing.known_times(other, "cpu", store)  # low rank is sized by what has changed
     assert changed and changed.over_dense.keys() == {DENSE, "monarch, decayed"}
     assert timing.known_times(dataclasses.replace(TABLE, name="other"), "cpu", store) is None
+
+
+def test_a_scale_the_table_does_not_have_is_named(tmp_path):
+    with pytest.raises(TableError, match="table tiny has no scale 'paper'; it has cpu"):
+        timing.time_table(TABLE, "paper", Store(tmp_path, "paper"))
