@@ -1,4 +1,4 @@
-"""MRI from few scans: mSENSE against a U-Net, configs/mri.py:msense or :unet; a minute, and some minutes, on 2 CPU cores.
+"""MRI from few scans: mSENSE against a U-Net, configs/mri.py:msense or :unet.
 
     python -m experiments.train --config=configs/mri.py:msense --workdir=runs/mri_msense
     python -m experiments.train --config=configs/mri.py:unet --workdir=runs/mri_unet --config.data.acceleration=4.0

@@ -1,4 +1,4 @@
-"""Operators on forced flow, 32 x 32, viscosity 1e-3, time 8; about a minute on 2 CPU cores, and as long once for the data.
+"""Operators on forced flow, 32 x 32, viscosity 1e-3, time 8; the data is solved for once.
 
     python -m experiments.train --config=configs/navier_stokes.py --workdir=runs/fno
     python -m experiments.train --config=configs/navier_stokes.py:tfno --workdir=runs/tfno
@@ -7,8 +7,7 @@
     python -m experiments.train --config=configs/navier_stokes.py:unet --workdir=runs/unet
 
 The argument is one of these, or any structures for a Fourier neural operator; `tfno` keeps a tenth of its spectral weights.
-Samples are solved for at 64 x 64, where all but `monarch`, which is bound to its grid, are evaluated too. Against a solver's
-step of 0.002 that of 0.01 changes a solution by 2e-4.
+Samples are solved for at 64 x 64, where all but `monarch`, which is bound to its grid, are evaluated too.
 """
 
 from structmat.training import config as defaults

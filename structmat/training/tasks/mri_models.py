@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,11 @@ from structmat.data.mri.phantoms import ECHOES
 from structmat.models.msense import MSense
 from structmat.models.sense import zero_filled
 from structmat.models.unet import UNet
-from structmat.structures.convolution import View
-from structmat.structures.errors import suggest
 from structmat.structures.fft import fft_flops
 from structmat.training.applied import applied
-from structmat.training.errors import ConfigError
-from structmat.training.model_choice import ModelChoice, at_least_one
+from structmat.training.model_choice import ModelChoice
 from structmat.training.task import Batch, Variables
+from structmat.training.tasks.unet_model import build_unet, check_unet, unet_fields, unet_positions
 
 PARTS = 2
 """Channels of a complex image: real and imaginary."""
@@ -64,34 +62,15 @@ def msense_image(model: MSense, variables: Variables, batch: Batch, rng: jax.Arr
     return model.apply(variables, *measured(batch)), None
 
 
-def check_unet(config: Any) -> None:
-    """Refuse sizes no U-Net can have."""
-    m, size = config.model, config.data.size
-    at_least_one(m, ("width", "depth"))
-    if size % 2**m.depth:
-        most = next((n for n in range(m.depth, 0, -1) if size % 2**n == 0), 0)
-        hint = f"{most} does" if most else "data.size must be even"
-        raise ConfigError("model.depth", m.depth, f"must halve data.size={size} evenly", hint)
-    if m.view not in get_args(View):
-        raise ConfigError("model.view", m.view, "no such view" + suggest(m.view, get_args(View)))
-
-
-def build_unet(config: Any) -> UNet:
-    """The module."""
-    fields = {name: config.model[name] for name in ("width", "depth", "residual", "view")}
-    return UNet(PARTS, padding="SAME", dtype=jnp.dtype(config.model.dtype), **fields)
+def build(config: Any) -> UNet:
+    """The U-Net."""
+    return build_unet(config, PARTS, "SAME")
 
 
 def unet_rows(config: Any) -> Callable[[str], int]:
-    """Positions of a convolution's output in all images of a scan."""
-    size, depth = config.data.size, config.model.depth
-
-    def rows(path: str) -> int:
-        first, _, level = path.split("/")[0].partition("_")
-        halvings = depth if first == "middle" else int(level or 0)
-        return ECHOES * (size // 2**halvings) ** 2
-
-    return rows
+    """Positions in all images of a scan."""
+    positions = unet_positions(config.model.depth, config.data.size)
+    return lambda path: ECHOES * positions(path)
 
 
 def unet_image(model: UNet, variables: Variables, batch: Batch, rng: jax.Array | None, train: bool) -> Image:
@@ -115,16 +94,10 @@ MODELS = {
         image=msense_image,
     ),
     "unet": ReconstructionModel(
-        fields=dict(
-            dtype="float32",  # compute dtype; parameters stay float32
-            width=16,  # channels at the top; twice as many after each halving
-            depth=3,  # halvings of the side
-            residual=True,  # predict what to add to the zero-filled image, else the image itself
-            view="channel",  # channel | spatial | decoupled: which matrix of a kernel is structured
-        ),
-        check=check_unet,
-        build=build_unet,
-        base=lambda config: build_unet(config).clone(width=config.mup.base_width),
+        fields=unet_fields(residual=True),
+        check=lambda config: check_unet(config, "size"),
+        build=build,
+        base=lambda config: build(config).clone(width=config.mup.base_width),
         example=lambda config: (
             jax.ShapeDtypeStruct((ECHOES * config.batch, *(config.data.size,) * 2, PARTS), jnp.float32),
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -13,11 +13,10 @@ from structmat.models.multigrid import margin_points
 from structmat.nn.monarch_transform import bind_transform
 from structmat.nn.spectral_conv import kept
 from structmat.structures import StructureError
-from structmat.structures.convolution import View
-from structmat.structures.errors import suggest
 from structmat.structures.fft import fft_flops
 from structmat.training.errors import ConfigError
 from structmat.training.model_choice import ModelChoice, at_least_one
+from structmat.training.tasks.unet_model import build_unet, check_unet, unet_fields, unet_positions
 
 FNO_SIZES = ("width", "layers", "modes")
 SHARED = dict(
@@ -126,36 +125,9 @@ def monarch_rows(config: Any) -> Callable[[str], int]:
 # -- U-Net ---------------------------------------------------------------------------------------------------------------
 
 
-def check_unet(config: Any) -> None:
-    """Refuse sizes no U-Net can have."""
-    m, n = config.model, config.data.resolution
-    at_least_one(m, ("width", "depth"))
-    if n % 2**m.depth:
-        most = next(depth for depth in range(n.bit_length(), -1, -1) if n % 2**depth == 0)
-        raise ConfigError(
-            "model.depth", m.depth, f"2^depth must divide data.resolution={n}", f"at most {most} is valid"
-        )
-    if m.view not in get_args(View):
-        raise ConfigError("model.view", m.view, "no such view" + suggest(m.view, get_args(View)))
-
-
-def build_unet(config: Any) -> UNet:
-    """The module, for periodic fields."""
-    m = config.model
-    own = {name: m[name] for name in ("width", "depth", "residual", "view")}
-    return UNet(**own, dtype=jnp.dtype(m.dtype))
-
-
-def unet_rows(config: Any) -> Callable[[str], int]:
-    """Positions of a convolution's output."""
-    depth, n = config.model.depth, config.data.resolution
-
-    def rows(path: str) -> int:
-        first, *_ = path.split("/")
-        halvings = {"head": 0, "middle": depth}.get(first)
-        return (n // 2 ** (int(first.rpartition("_")[2]) if halvings is None else halvings)) ** 2
-
-    return rows
+def periodic_unet(config: Any) -> UNet:
+    """The module."""
+    return build_unet(config, 1, "CIRCULAR")
 
 
 MODELS = {
@@ -193,17 +165,11 @@ MODELS = {
         any_grid=False,
     ),
     "unet": OperatorModel(
-        fields=dict(
-            SHARED,
-            width=16,  # channels at the top; twice as many after each halving of the side
-            depth=3,  # halvings
-            residual=False,  # add the input to the output
-            view="channel",  # channel | spatial | decoupled: which matrix of a kernel is structured
-        ),
-        check=check_unet,
-        build=build_unet,
-        base=lambda config: build_unet(config).clone(width=config.mup.base_width),
-        rows=unet_rows,
+        fields=unet_fields(residual=False),
+        check=lambda config: check_unet(config, "resolution"),
+        build=periodic_unet,
+        base=lambda config: periodic_unet(config).clone(width=config.mup.base_width),
+        rows=lambda config: unet_positions(config.model.depth, config.data.resolution),
         other_flops=lambda config: 0,
         any_grid=True,
     ),
