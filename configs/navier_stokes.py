@@ -5,6 +5,7 @@
     python -m experiments.train --config=configs/navier_stokes.py:"layers_.*/spectral -> cp(rank=40)" --workdir=runs/cp
     python -m experiments.train --config=configs/navier_stokes.py:monarch --workdir=runs/monarch
     python -m experiments.train --config=configs/navier_stokes.py:unet --workdir=runs/unet
+    python -m experiments.train --config=configs/navier_stokes.py:resnet --workdir=runs/resnet
 
 The argument is one of these, or any structures for a Fourier neural operator; `tfno` keeps a tenth of its spectral weights.
 Samples are solved for at 64 x 64, where all but `monarch`, which is bound to its grid, are evaluated too.
@@ -12,7 +13,7 @@ Samples are solved for at 64 x 64, where all but `monarch`, which is bound to it
 
 from structmat.training import config as defaults
 
-MODELS = {"fno": "fno", "tfno": "fno", "monarch": "monarch_operator", "unet": "unet"}
+MODELS = {"fno": "fno", "tfno": "fno", "monarch": "monarch_operator", "unet": "unet", "resnet": "resnet"}
 STRUCTURES = {"tfno": "layers_.*/spectral -> fit(tucker(), params=0.1)"}
 
 
@@ -23,7 +24,7 @@ def get_config(arg=None):
     config.steps = 500
     config.batch = 10
     config.optim.update(lr=4e-3, weight_decay=1e-4)
-    config.model.width = 16 if arg == "unet" else 20
+    config.model.width = 16 if arg in ("unet", "resnet") else 20
     config.mup.base_width = config.model.width
     config.data.update(solve_resolution=64, dt=0.01, fine=0 if arg == "monarch" else 64)
     return config

@@ -29,8 +29,10 @@ def params_of(config: ConfigDict) -> int:
 
 def dense_small(config: ConfigDict, params: int) -> ConfigDict | None:
     """The widest dense model with at most `params` parameters, in whole heads where the model has them (of even size where
-    its positions are rotary), with `hidden` in proportion; None if there is none."""
+    its positions are rotary), with `hidden` in proportion; None if there is none, as where a model has no width."""
     m = config.model
+    if "width" not in m:
+        return None
     unit = m.get("heads", 1) * (2 if "kv_heads" in m else 1)
     low, high = 1, m.width // unit
 

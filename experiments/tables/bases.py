@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs import gpt2, llama
+from configs import gpt2, llama, mri, navier_stokes
 from experiments.tables.schema import SCALES, TableError
 from structmat.structures.errors import suggest
 from structmat.training.config import default
@@ -21,7 +21,8 @@ class Base:
       make: () -> its config, dense.
       metric: held-out figure arms are compared by, and its heading. lower: whether less is better.
       others: further held-out figures to show, by name.
-      seeds: how many.
+      seeds: how many. reseeded: fields of the config that are set to the seed as well, as where so few examples are trained
+        on that which ones matters.
       rates: multiples of the config's learning rate that are tried when an arm is tuned; a single one is not tried but
         taken.
       pod: topology its configs are compiled for by `python -m experiments.tables check`.
@@ -32,6 +33,7 @@ class Base:
     lower: bool = True
     others: tuple[str, ...] = ()
     seeds: int = 3
+    reseeded: tuple[str, ...] = ()
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
     pod: str = ""
 
@@ -84,6 +86,18 @@ def teacher() -> ConfigDict:
     return config
 
 
+def flow() -> ConfigDict:
+    """A Fourier neural operator on forced flow, 240 samples at 32 x 32."""
+    return navier_stokes.get_config("fno")
+
+
+def scans() -> ConfigDict:
+    """mSENSE with full matrices on five scans."""
+    config = mri.get_config("msense")
+    config.update(structure="dense()", steps=200)
+    return config
+
+
 def wikitext103() -> ConfigDict:
     """GPT-2 small on WikiText-103: the rate, decay, batch and 100 epochs of the Monarch paper's repository, an epoch being
     taken as 118 million tokens of GPT-2's vocabulary."""
@@ -113,6 +127,15 @@ BASES: dict[tuple[str, str], Base] = {
     ("cpu", "digits_resnet"): Base(digits_resnet, "accuracy", lower=False, others=("loss",), seeds=5),
     ("cpu", "teacher"): Base(teacher, "mse"),
     ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte"),
+    ("cpu", "flow"): Base(flow, "l2", others=("h1", "l2_fine")),
+    ("cpu", "scans"): Base(
+        scans,
+        "psnr_1",
+        lower=False,
+        others=("psnr_2", "ssim_1", "ssim_2"),
+        reseeded=("data.seed",),
+        rates=(0.3, 1.0, 3.0),
+    ),
     ("gpu", "bytes"): Base(bytes_gpu, "bits_per_byte"),
     ("paper", "wikitext103"): Base(wikitext103, "bits_per_token", rates=(1.0,), pod="v5e:4x4"),
     ("paper", "openwebtext"): Base(openwebtext, "bits_per_token", rates=(1.0,), pod="v5e:4x4"),

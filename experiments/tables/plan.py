@@ -123,7 +123,8 @@ def arms_of(table: Table, scale: str) -> tuple[tuple[Arm, ConfigDict], ...]:
     small = dense_small(start, params)
     if small is not None and small.model.width < start.model.width:
         rows.append((Arm(SMALL, tuned_with=DENSE, paper=paper(SMALL)), small))
-    rows.append((Arm(LOW_RANK, paper=paper(LOW_RANK)), of_share(start, table.low_rank, params)))
+    if table.low_rank:
+        rows.append((Arm(LOW_RANK, paper=paper(LOW_RANK)), of_share(start, table.low_rank, params)))
     names = [arm.name for arm, _ in (*rows, *own)]
     for claim in table.claims:
         for name in (claim.better, claim.worse):
@@ -164,20 +165,19 @@ def changed(config: ConfigDict, changes: Mapping[str, Any], place: str) -> Confi
 def _trials(name: str, config: ConfigDict, base: Base) -> tuple[Run, ...]:
     runs = []
     for rate in base.rates:
-        own = _at_rate(config, rate, TUNE_SEED)
+        own = _at_rate(config, base, rate, TUNE_SEED)
         own.steps = max(1, config.steps // TUNE_SHARE)
         runs.append(Run(f"{name}, rate x{rate:g}", key_of(own), own))
     return tuple(runs)
 
 
 def _train(name: str, config: ConfigDict, base: Base, rate: float, seed: int) -> Run:
-    own = _at_rate(config, rate, seed)
+    own = _at_rate(config, base, rate, seed)
     return Run(f"{name}, seed {seed}", key_of(own), own)
 
 
-def _at_rate(config: ConfigDict, rate: float, seed: int) -> ConfigDict:
-    own = ConfigDict(config.to_dict())
-    own.seed = seed
+def _at_rate(config: ConfigDict, base: Base, rate: float, seed: int) -> ConfigDict:
+    own = changed(config, {field: seed for field in ("seed", *base.reseeded)}, "base")
     own.optim.lr = float(f"{config.optim.lr * rate:.6g}")
     return own
 
@@ -199,13 +199,14 @@ def best_rate(trials: tuple[Run, ...], base: Base, store: Store) -> float | None
 
 
 def key_of(config: ConfigDict) -> str:
-    """The content of a run: its config, structures in canonical text, and its data."""
+    """The content of a run: its config, structures in canonical text, and its data, which is not made where the config says
+    all of it."""
     fields = {name: value for name, value in identity(config).items() if name != "structure"}
     return content_key(fields, {"": Rules.of(config.structure)}, data_hash(config))
 
 
 def data_hash(config: ConfigDict) -> str:
-    """SHA-256 of the data of a config's task."""
+    """SHA-256 of the data of a config's task, or the version of the code that makes it."""
     fields = config.data.to_dict() if "data" in config else {}
     return _data_hash(config.to_json(), json.dumps([config.task, fields, config.model.get("vocab", 0)], sort_keys=True))
 
@@ -216,5 +217,6 @@ _HASHES: dict[str, str] = {}
 def _data_hash(config: str, data: str) -> str:
     if data not in _HASHES:
         parsed = ConfigDict(json.loads(config))
-        _HASHES[data] = TASKS[parsed.task].build(parsed).load().sha256
+        task = TASKS[parsed.task].build(parsed)
+        _HASHES[data] = task.generated or task.load().sha256
     return _HASHES[data]

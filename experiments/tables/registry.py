@@ -8,7 +8,10 @@ from experiments.tables import (
     kronecker,
     lost,
     maestro,
+    mg_tfno,
     monarch,
+    monarch_flow,
+    monarch_mri,
     rates,
     rigl,
     scaling,
@@ -20,7 +23,10 @@ from experiments.tables import (
 from experiments.tables.schema import Table, TableError
 from structmat.structures.errors import suggest
 
-_PAPERS = (monarch, rates, sltrain, lost, rigl, trp, scaling, sst, maestro, sparse_ift, kronecker, householder, btt_moe)
+_PAPERS = (
+    *(monarch, rates, sltrain, lost, rigl, trp, scaling, sst, maestro, sparse_ift, kronecker, householder, btt_moe),
+    *(monarch_flow, monarch_mri, mg_tfno),
+)
 TABLES: dict[str, Table] = {table.name: table for paper in _PAPERS for table in paper.TABLES}
 
 

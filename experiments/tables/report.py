@@ -84,6 +84,9 @@ def plot(results: Results, path: Path) -> Path:
         values = line.figures(metric)
         if not values:
             continue
+        if line.row.arm.reference:
+            panel.axhline(statistics.fmean(values), color=f"C{i % 10}", ls=":", label=line.row.arm.name)
+            continue
         params = cost_of(line.row.config).params
         panel.plot([params] * len(values), values, ".", color=f"C{i % 10}", alpha=0.4, ms=6)
         panel.plot(

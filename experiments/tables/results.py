@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments.tables.judge import Verdict, judge
 from experiments.tables.plan import Plan, Row
-from experiments.tables.schema import Claim
+from experiments.tables.schema import Claim, TableError
 from experiments.tables.store import Result, Store
 from experiments.tables.timing import Times, known_times
 from structmat.training.config import validate
@@ -35,9 +35,15 @@ class Line:
     row: Row
     results: tuple[Result | None, ...]
 
+    def figure(self, result: Result, name: str) -> float | None:
+        """The held-out figure of a run that ended, None where its model or method has none of that name."""
+        prefix = self.row.arm.reference
+        return result.record.metrics["reference"].get(f"{prefix}_{name}") if prefix else result.heldout.get(name)
+
     def figures(self, name: str) -> list[float]:
-        """The held-out figure of every seed that ended."""
-        return [r.heldout[name] for r in self.results if r and not r.failed]
+        """The held-out figure of every seed that ended and has it."""
+        found = [self.figure(r, name) for r in self.results if r and not r.failed]
+        return [value for value in found if value is not None]
 
     @property
     def diverged(self) -> int:
@@ -64,12 +70,19 @@ class Results:
 
     def verdict(self, claim: Claim) -> Verdict | None:
         """Judged on the seeds both arms ended; None where there is none."""
-        metric, lines = self.plan.base.metric, (self.line(claim.better), self.line(claim.worse))
-        both = [(a, b) for a, b in zip(*(line.results for line in lines)) if a and b and not a.failed and not b.failed]
+        metric, lines = claim.metric or self.plan.base.metric, (self.line(claim.better), self.line(claim.worse))
+        both = [pair for pair in zip(*(line.results for line in lines)) if all(r and not r.failed for r in pair)]
         if not both:
             return None
-        better, worse = ([pair[i].heldout[metric] for pair in both] for i in (0, 1))
+        better, worse = ([_known(line, pair[i], metric) for pair in both] for i, line in enumerate(lines))
         return judge(better, worse, self.plan.base.lower, claim.within)
+
+
+def _known(line: Line, result: Result, metric: str) -> float:
+    value = line.figure(result, metric)
+    if value is None:
+        raise TableError(f"arm {line.row.arm.name!r}: its runs have no held-out figure {metric!r}")
+    return value
 
 
 def results_of(plan: Plan, store: Store) -> Results:

@@ -33,6 +33,8 @@ class Arm:
       paper: column -> the paper's figure for this arm.
       note: one sentence for readers.
       at: scale -> further changes there, such as the paper's own rank at the paper's own width.
+      reference: a method without a model, such as `cg_sense`, whose figures the records of these runs have beside the
+        model's: the row shows it instead, at no cost where another arm has the same config.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Arm:
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
     note: str = ""
     at: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
+    reference: str = ""
 
     def over(self, base: ConfigDict, scale: str) -> Changes:
         """What differs from the table's base config at a scale."""
@@ -50,13 +53,14 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What the paper asserts of two arms, judged by the table's metric over seeds.
+    """What the paper asserts of two arms, judged over seeds.
 
     Attributes:
       text: the claim as a sentence. source: where the paper makes it.
       better, worse: names of arms.
       within: None for an ordering. Else the claim is that `better` is at most this much behind `worse`, in the metric's
         units.
+      metric: held-out figure it is about, "" for the table's; better is the same direction.
     """
 
     text: str
@@ -64,6 +68,7 @@ class Claim:
     better: str
     worse: str
     within: float | None = None
+    metric: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +84,8 @@ class Table:
       claims: what is judged.
       columns: the paper's columns, in the order shown: key of `Arm.paper` -> heading.
       baselines_paper: baseline's name -> column -> the paper's figure.
-      low_rank: structure text of the low-rank baseline with `{share}` for the fraction of the dense parameters.
+      low_rank: structure text of the low-rank baseline with `{share}` for the fraction of the dense parameters; "" where
+        arms are low rank themselves, or the reference arm is larger than dense.
       remarks: scale -> paragraphs under the table, such as why a claim does not hold there.
       extra: (results) -> Markdown under the table, such as a fit over its runs.
     """

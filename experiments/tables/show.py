@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table as Grid
 
 from experiments.tables.judge import Verdict, interval
-from experiments.tables.results import Line, Results, cost_of
+from experiments.tables.results import Cost, Line, Results, cost_of
 from experiments.tables.schema import DENSE, Claim
 
 
@@ -24,25 +24,29 @@ def grid(results: Results, style: box.Box) -> Grid:
         column.justify = "right"
     dense = cost_of(results.line(DENSE).row.config)
     for line in results.lines:
-        cost, time, memory = (
-            cost_of(line.row.config),
-            results.times and results.times.over_dense.get(line.row.arm.name),
-            line.memory,
-        )
         made.add_row(
             line.row.arm.name,
             *[figure(line.figures(name)) for name in (base.metric, *base.others)],
             _seeds(line),
-            _rate(line, base.rates),
-            f"{cost.params:,} ({cost.params / dense.params:.2f}x)",
-            f"{cost.bits / 1e6:.2f}",
-            f"{cost.flops:,}",
-            f"{memory / 2**20:.1f} MiB" if memory else "-",
-            f"{time:.2f}x" if time else "-",
-            cost.path,
+            *(["-"] * 7 if line.row.arm.reference else _costs(line, results, dense)),
             *[f"{line.row.arm.paper[c]:g}" if c in line.row.arm.paper else "" for c in columns],
         )
     return made
+
+
+def _costs(line: Line, results: Results, dense: Cost) -> list[str]:
+    """Rate, parameters, bits, FLOPs, memory, time of a step and path."""
+    cost, memory = cost_of(line.row.config), line.memory
+    time = results.times and results.times.over_dense.get(line.row.arm.name)
+    return [
+        _rate(line, results.plan.base.rates),
+        f"{cost.params:,} ({cost.params / dense.params:.2f}x)",
+        f"{cost.bits / 1e6:.2f}",
+        f"{cost.flops:,}",
+        f"{memory / 2**20:.1f} MiB" if memory else "-",
+        f"{time:.2f}x" if time else "-",
+        cost.path,
+    ]
 
 
 def figure(values: Sequence[float]) -> str:

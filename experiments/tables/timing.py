@@ -38,7 +38,7 @@ def time_table(table: Table, scale: str, store: Store) -> Record:
       TableError, ConfigError: as `arms_of`.
     """
     began = time.perf_counter()
-    arms = arms_of(table, scale)
+    arms = [(arm, config) for arm, config in arms_of(table, scale) if not arm.reference]
     runs = [(config, validate(config)) for _, config in arms]
     trial = sum(min(times) for times in step_times(runs[:1], 3)) * len(runs)
     repeats = max(FEWEST, min(MOST, int(SECONDS / trial)))

@@ -6,8 +6,8 @@ from structmat.models.llama import Llama
 from structmat.models.mlp import MLP
 from structmat.models.monarch_operator import MonarchOperator
 from structmat.models.msense import MSense
-from structmat.models.resnet import ResNet
+from structmat.models.resnet import FieldResNet, ResNet
 from structmat.models.unet import UNet
 from structmat.models.vit import ViT
 
-__all__ = ["FNO", "GPT", "MLP", "Llama", "MSense", "MonarchOperator", "ResNet", "UNet", "ViT"]
+__all__ = ["FNO", "GPT", "MLP", "FieldResNet", "Llama", "MSense", "MonarchOperator", "ResNet", "UNet", "ViT"]

@@ -15,6 +15,11 @@ from structmat.models.multigrid import margin_points, patch, stitch
 from structmat.nn import StructuredDense
 from structmat.nn.sites import Kind, pick, scope
 from structmat.nn.spectral_conv import SpectralConv
+from structmat.structures.errors import suggest
+
+NORMS = ("none", "instance")
+"""Of a layer: none, or every channel of every field to mean 0 and variance 1 over the points it sees, then a trained scale
+and bias."""
 
 
 def pointwise(
@@ -45,13 +50,15 @@ class Layer(nn.Module):
     """x `(batch, *space, width)` -> the same: sites spectral, skip, mlp_up, mlp_down.
 
     A Fourier layer beside a 1 x 1 skip, then an MLP at every point, of half the width, beside x scaled channel by channel;
-    GELU after both, but for the last layer.
+    GELU after both, but for the last layer. Normalised are the Fourier layer's output, and the second sum before its GELU,
+    where Kossaifi et al. 2023 do; the bias of a normalisation takes the place of the one before it.
     """
 
     modes: Sequence[int]
     last: bool
     dtype: Any
     structures: Structures
+    norm: str = "none"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,11 +67,15 @@ class Layer(nn.Module):
         linear = lambda y, name, features, axes, **how: pointwise(
             y, name, features, self.structures, self.dtype, axes, **how
         )
-        y = active(self.fourier(x) + linear(x, "skip", width, ("embed", "embed"), use_bias=False))
+        plain = self.norm == "none"
+        normed = lambda y, name: (
+            y if plain else nn.InstanceNorm(dtype=self.dtype, use_fast_variance=False, name=name)(y)
+        )
+        y = active(normed(self.fourier(x), "norm1") + linear(x, "skip", width, ("embed", "embed"), use_bias=False))
         y = linear(y, "mlp_up", max(1, width // 2), ("embed", "mlp"))
-        y = linear(nn.gelu(y), "mlp_down", width, ("mlp", "embed"))
+        y = linear(nn.gelu(y), "mlp_down", width, ("mlp", "embed"), use_bias=plain)
         ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
-        return active(y + self.param("gate", ones, (width,), jnp.float32).astype(x.dtype) * x)
+        return active(normed(y + self.param("gate", ones, (width,), jnp.float32).astype(x.dtype) * x, "norm2"))
 
     def fourier(self, x: jax.Array) -> jax.Array:
         """The site `spectral`: x `(batch, *space, width)` -> the same."""
@@ -74,6 +85,7 @@ class Layer(nn.Module):
         """Arguments of a SpectralConv."""
         structure = pick(self.structures, "spectral")
         own = dict(features=width, modes=tuple(self.modes), structure=structure, dtype=self.dtype)
+        own["use_bias"] = self.norm == "none"
         return own | dict(in_axes="embed", out_axes="embed", name="spectral")
 
 
@@ -93,6 +105,10 @@ class FNO(nn.Module):
       levels, margin: of multi-grid patches (structmat.models.multigrid): 2^levels per axis, the margin a fraction of the
         whole side. The layers see patches, with their own coordinates; the output is stitched. Under a mesh the patches
         are split as the batch is.
+      padding: for fields that are not periodic: zeros on either side of every axis between the lift and the projection, this
+        fraction of the side, so that what leaves a layer at one end does not enter at the other. Not with levels or margin,
+        which read the domain as a torus.
+      norm: of the layers, one of NORMS.
       structures: layer path -> structure, from `structmat.nn.assign`.
       dtype: of products at points; transforms are in f32, parameters f32 and complex64.
     """
@@ -104,6 +120,8 @@ class FNO(nn.Module):
     grid: bool = True
     levels: int = 0
     margin: float = 0.0
+    padding: float = 0.0
+    norm: str = "none"
     structures: Structures = ()
     dtype: Any = jnp.float32
 
@@ -112,18 +130,28 @@ class FNO(nn.Module):
         axes = len(self.modes)
         if x.ndim != axes + 2:
             raise ValueError(f"modes={tuple(self.modes)} need an input (batch, {axes} axes, channels), got {x.shape}")
+        if self.norm not in NORMS:
+            raise ValueError(f"FNO: no norm {self.norm!r}" + suggest(self.norm, NORMS))
         margins = margin_points(self.margin, x.shape[1:-1])
+        around = margin_points(self.padding, x.shape[1:-1], "padding")
         cut = self.levels > 0 or any(margins)
+        if cut and any(around):
+            raise ValueError(
+                f"padding={self.padding} is for a domain with ends, levels={self.levels} and margin={self.margin} for a torus"
+            )
         x = patch(x, self.levels, margins) if cut else x
         x = nn.with_logical_constraint(x, ("batch", *(None,) * axes, "features")).astype(self.dtype)
         x = with_coordinates(x) if self.grid else x
         own = dict(structures=self.structures, dtype=self.dtype)
         x = pointwise(x, "lift_up", 2 * self.width, axes=("features", "mlp"), kind="conv", **own)
         x = pointwise(nn.gelu(x), "lift_down", self.width, axes=("mlp", "embed"), **own)
+        x = jnp.pad(x, ((0, 0), *((p, p) for p in around), (0, 0))) if any(around) else x
         for i in range(self.layers):
             name = f"layers_{i}"
             last, structures = i == self.layers - 1, scope(self.structures, name)
-            x = self.layer(modes=self.modes, last=last, dtype=self.dtype, structures=structures, name=name)(x)
+            fields = dict(modes=self.modes, norm=self.norm, dtype=self.dtype, structures=structures)
+            x = self.layer(last=last, name=name, **fields)(x)
+        x = x[(slice(None), *(slice(p, n - p) for p, n in zip(around, x.shape[1:-1])))]
         x = pointwise(x, "project_up", 2 * self.width, axes=("embed", "mlp"), **own)
         x = pointwise(nn.gelu(x), "head", self.features, axes=("mlp", "features"), kind="head", **own)
         return (stitch(x, self.levels, margins) if cut else x).astype(jnp.float32)

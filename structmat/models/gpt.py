@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from structmat.models.attention import Structures, causal, into_heads, out_of_heads
 from structmat.models.cache import advance, append
 from structmat.models.feedforward import FeedForward
-from structmat.models.head import logits
+from structmat.models.head import logits, tied_logits
 from structmat.models.stack import apply_layers
 from structmat.nn import StructuredEmbed
 from structmat.nn.sites import pick, scope
@@ -50,6 +50,7 @@ class Block(nn.Module):
     heads: int
     context: int
     mlp_ratio: int
+    eps: float
     dropout: float
     dtype: Any
     structures: Structures
@@ -58,12 +59,15 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, train: bool, decode: bool) -> tuple[jax.Array, None]:
         drop = nn.Dropout(self.dropout, deterministic=not train)
         own = scope(self.structures, "attn")
-        y = nn.LayerNorm(dtype=self.dtype, name="attn_norm")(x)
+        y = nn.LayerNorm(self.eps, dtype=self.dtype, name="attn_norm")(x)
         y = Attention(self.heads, self.context, self.dropout, self.dtype, own, name="attn")(y, train, decode)
         x = x + drop(y)
-        y = nn.LayerNorm(dtype=self.dtype, name="mlp_norm")(x)
+        y = nn.LayerNorm(self.eps, dtype=self.dtype, name="mlp_norm")(x)
         mlp = FeedForward(self.mlp_ratio, self.dtype, scope(self.structures, "mlp"), name="mlp")
         return x + drop(mlp(y)), None
+
+
+BLOCK_FIELDS = ("heads", "context", "mlp_ratio", "eps", "dropout", "dtype")
 
 
 class GPT(nn.Module):
@@ -71,6 +75,7 @@ class GPT(nn.Module):
 
     Attributes:
       vocab, context, layers, width, heads, mlp_ratio: sizes; heads must divide width.
+      eps: of the norms.
       dropout: rate on attention weights and residual branches.
       tie: the head is the transposed embedding instead of a weight of its own.
       tied_scale: factor on tied logits; None is 1 / width, as muP asks.
@@ -85,6 +90,7 @@ class GPT(nn.Module):
     width: int = 128
     heads: int = 4
     mlp_ratio: int = 4
+    eps: float = 1e-6
     dropout: float = 0.0
     tie: bool = False
     tied_scale: float | None = None
@@ -111,12 +117,9 @@ class GPT(nn.Module):
         x = embed(tokens) + here.astype(self.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        kwargs = dict(
-            heads=self.heads, context=self.context, mlp_ratio=self.mlp_ratio, dropout=self.dropout, dtype=self.dtype
-        )
         x = apply_layers(
             Block,
-            kwargs,
+            {f: getattr(self, f) for f in BLOCK_FIELDS},
             x,
             train,
             decode,
@@ -125,8 +128,7 @@ class GPT(nn.Module):
             scan=self.scan,
             remat=self.remat,
         )
-        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+        x = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm")(x)
         if self.tie:
-            scale = 1 / self.width if self.tied_scale is None else self.tied_scale
-            return embed.attend(x).astype(jnp.float32) * scale
+            return tied_logits(embed, x, self.tied_scale)
         return logits(x, self.vocab, self.structures, self.dtype, "vocab", use_bias=False)

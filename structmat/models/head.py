@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from structmat.models.attention import Structures
-from structmat.nn import StructuredDense
+from structmat.nn import StructuredDense, StructuredEmbed
 from structmat.nn.sites import pick
 
 
@@ -38,3 +38,8 @@ def logits(
         name="head",
     )
     return layer(x).astype(jnp.float32)
+
+
+def tied_logits(embed: StructuredEmbed, x: jax.Array, scale: float | None) -> jax.Array:
+    """x `(..., width)` -> f32 `(..., vocab)` by the transposed embedding, times `scale`; None is 1 / width, as muP asks."""
+    return embed.attend(x).astype(jnp.float32) * (1 / x.shape[-1] if scale is None else scale)

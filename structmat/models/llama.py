@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from structmat.models.attention import Structures, causal, into_heads, out_of_heads
 from structmat.models.cache import advance, append
-from structmat.models.head import logits
+from structmat.models.head import logits, tied_logits
 from structmat.models.rope import rotate
 from structmat.models.stack import apply_layers
 from structmat.nn import StructuredDense, StructuredEmbed
@@ -111,6 +111,8 @@ class Llama(nn.Module):
       hidden: units of the gated MLP.
       theta: base of the rotary angles. eps: of the norms.
       dropout: rate on residual branches.
+      tie: the head is the transposed embedding instead of a weight of its own.
+      tied_scale: factor on tied logits; None is 1 / width, as muP asks.
       structures: layer path -> structure, from `structmat.nn.assign`.
       scan: stack and scan adjacent equal layers. remat: `none`, `full` or `dots`.
       dtype: compute dtype; parameters stay f32.
@@ -126,6 +128,8 @@ class Llama(nn.Module):
     theta: float = 10000.0
     eps: float = 1e-6
     dropout: float = 0.0
+    tie: bool = False
+    tied_scale: float | None = None
     structures: Structures = ()
     scan: bool = True
     remat: str = "none"
@@ -156,4 +160,6 @@ class Llama(nn.Module):
             remat=self.remat,
         )
         x = nn.RMSNorm(self.eps, dtype=self.dtype, name="norm")(x)
+        if self.tie:
+            return tied_logits(embed, x, self.tied_scale)
         return logits(x, self.vocab, self.structures, self.dtype, "vocab", use_bias=False)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def margin_points(fraction: float, space: Sequence[int]) -> tuple[int, ...]:
+def margin_points(fraction: float, space: Sequence[int], name: str = "margin") -> tuple[int, ...]:
     """Points of margin on either side, per axis: round(fraction * n), of the WHOLE side as in the authors' library."""
     if not 0 <= fraction <= 1:
-        raise ValueError(f"margin={fraction} must be a fraction of the whole side in [0, 1]")
+        raise ValueError(f"{name}={fraction} must be a fraction of the whole side in [0, 1]")
     return tuple(round(fraction * n) for n in space)
 
 

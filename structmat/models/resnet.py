@@ -1,4 +1,4 @@
-"""A small residual network (He et al. 2016, pre-activation) of structured 3 x 3 convolutions."""
+"""Small residual networks (He et al. 2016, pre-activation) of structured 3 x 3 convolutions: of images, and of fields."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from structmat.models.attention import Structures
+from structmat.models.fno import pointwise
 from structmat.models.head import logits
 from structmat.nn import StructuredConv
 from structmat.nn.sites import pick, scope
@@ -20,13 +21,21 @@ GROUPS = 4
 
 
 def conv(
-    name: str, features: int, size: int, structures: Structures, view: View, dtype: Any, axes: tuple[str, str]
+    name: str,
+    features: int,
+    size: int,
+    structures: Structures,
+    view: View,
+    dtype: Any,
+    axes: tuple[str, str],
+    padding: str = "SAME",
 ) -> Any:
     """The convolution of a site, size x size."""
     return StructuredConv(
         features,
         (size, size),
         structure=pick(structures, name),
+        padding=padding,
         view=view,
         dtype=dtype,
         in_axes=axes[0],
@@ -48,10 +57,11 @@ class Block(nn.Module):
     dropout: float
     dtype: Any
     structures: Structures
+    padding: str = "SAME"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        own = dict(structures=self.structures, view=self.view, dtype=self.dtype)
+        own = dict(structures=self.structures, view=self.view, dtype=self.dtype, padding=self.padding)
         y = active(x, "norm1", self.dtype)
         if x.shape[-1] != self.width:
             x = conv("shortcut", self.width, 1, axes=("embed", "embed"), **own)(y)
@@ -104,3 +114,35 @@ class ResNet(nn.Module):
             x = block(x, train)
         x = active(x, "norm", self.dtype).mean((1, 2))
         return logits(x, self.classes, self.structures, self.dtype, "classes")
+
+
+class FieldResNet(nn.Module):
+    """x `(batch, h, w, channels)`, periodic -> `(batch, h, w, features)` f32, all blocks of one width on the whole grid.
+
+    Sites of kind `conv`: stem, layers_i/{conv1, conv2}; and head, at every point. It commutes with shifts of the grid.
+
+    Attributes:
+      features: output channels. width: hidden channels.
+      blocks: of two 3 x 3 convolutions.
+      view: which matrix of a kernel is structured, see structmat.structures.convolution.
+      structures: layer path -> structure, from `structmat.nn.assign`.
+      dtype: compute dtype; parameters stay f32.
+    """
+
+    features: int = 1
+    width: int = 32
+    blocks: int = 8
+    view: View = "channel"
+    structures: Structures = ()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        own = dict(view=self.view, dtype=self.dtype, padding="CIRCULAR")
+        y = conv("stem", self.width, 3, self.structures, axes=("features", "embed"), **own)(x)
+        for i in range(self.blocks):
+            name = f"layers_{i}"
+            y = Block(self.width, dropout=0.0, structures=scope(self.structures, name), name=name, **own)(y, train)
+        y = active(y, "norm", self.dtype)
+        y = pointwise(y, "head", self.features, self.structures, self.dtype, ("embed", "features"), kind="head")
+        return y.astype(jnp.float32)

@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from structmat.models.attention import Structures
-from structmat.nn import StructuredConv
-from structmat.nn.sites import pick, scope
+from structmat.models.resnet import GROUPS, conv
+from structmat.nn.sites import scope
 from structmat.structures.convolution import View
 
-GROUPS = 4
-"""Of channels that are normalised together, or their largest common divisor with the width."""
 PADDINGS = ("CIRCULAR", "SAME")
 
 
@@ -32,7 +30,7 @@ class DoubleConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for i, axes in ((1, ("embed", "mlp")), (2, ("mlp", "embed"))):
-            x = conv(x, f"conv{i}", self.width, 3, self.structures, self.padding, self.view, self.dtype, axes)
+            x = conv(f"conv{i}", self.width, 3, self.structures, self.view, self.dtype, axes, self.padding)(x)
             x = nn.gelu(nn.GroupNorm(math.gcd(self.width, GROUPS), dtype=self.dtype, name=f"norm{i}")(x))
         return x
 
@@ -83,33 +81,7 @@ class UNet(nn.Module):
         y = double(y, "middle", self.width * 2**self.depth)
         for i in reversed(range(self.depth)):
             y = y.repeat(2, axis=1).repeat(2, axis=2)
-            y = conv(y, f"up_{i}", self.width * 2**i, 3, self.structures, axes=("embed", "embed"), **own)
+            y = conv(f"up_{i}", self.width * 2**i, 3, self.structures, axes=("embed", "embed"), **own)(y)
             y = double(jnp.concatenate([kept[i], y], -1), f"merge_{i}", self.width * 2**i)
-        y = conv(y, "head", self.features, 1, self.structures, axes=("embed", "features"), **own).astype(jnp.float32)
+        y = conv("head", self.features, 1, self.structures, axes=("embed", "features"), **own)(y).astype(jnp.float32)
         return x.astype(jnp.float32) + y if self.residual else y
-
-
-def conv(
-    x: jax.Array,
-    name: str,
-    features: int,
-    size: int,
-    structures: Structures,
-    padding: str,
-    view: View,
-    dtype: Any,
-    axes: tuple[str, str],
-) -> jax.Array:
-    """The site `name` of the calling module, size x size."""
-    layer = StructuredConv(
-        features,
-        (size, size),
-        structure=pick(structures, name),
-        padding=padding,
-        view=view,
-        dtype=dtype,
-        in_axes=axes[0],
-        out_axes=axes[1],
-        name=name,
-    )
-    return layer(x)

@@ -21,7 +21,7 @@ from structmat.nn.sites import record
 from structmat.structures import Bound, Structure, StructureError, parse
 from structmat.structures.block_low_rank import BlockLowRank, BoundBlockLowRank
 from structmat.structures.factors import divisors
-from structmat.structures.leaf import Axes, Leaves, map_leaves
+from structmat.structures.leaf import Axes, Leaves, Params, map_leaves
 from structmat.structures.wrappers import Wrapper
 
 Norm = Literal["backward", "ortho", "forward"]
@@ -31,8 +31,8 @@ NORMS = ("backward", "ortho", "forward")
 class MonarchTransform(nn.Module):
     """x `(..., length)` real or complex -> `(..., length)` complex: at initialisation `jnp.fft.fft` or `ifft` of the last axis.
 
-    All entries train. The one site is of kind `linear`, at the module's own path: the matrix between the digit-permuted
-    input and output. Its leaves are complex, so gradients have to be conjugated before optax, as the training step does.
+    All entries train. The one site is of kind `linear`, at the module's own path; its structure is of the matrix between the
+    digit-permuted input and output. Its leaves are complex, so gradients have to be conjugated before optax, as the training step does.
 
     Attributes:
       length: n; a prime one is a single dense block.
@@ -64,13 +64,11 @@ class MonarchTransform(nn.Module):
         bound = bind_transform(self.length, self.inverse, self.norm, self.structure, self.param_dtype)
         record(self.scope.path, bound, "linear", self.in_axes, self.out_axes)
         params = declare(self, bound, self.in_axes, self.out_axes, self.param_dtype)
-        digits = x.astype(self.param_dtype).reshape(*x.shape[:-1], self.length // bound.in_blocks, bound.in_blocks)
-        digits = digits.swapaxes(-1, -2).reshape(x.shape)
-        y = product(bound, params, digits, self.path, self.in_axes, self.out_axes)
+        x = x.astype(self.param_dtype)
+        y = product(bound, params, x, self.path, self.in_axes, self.out_axes)
         if self.has_variable(PROBE, "weight"):
-            y = y + digits @ self.get_variable(PROBE, "weight").astype(self.param_dtype)
-        out_blocks = bound.out_blocks
-        return y.reshape(*x.shape[:-1], out_blocks, self.length // out_blocks).swapaxes(-1, -2).reshape(x.shape)
+            y = y + x @ self.get_variable(PROBE, "weight").astype(self.param_dtype)
+        return y
 
 
 def bind_transform(
@@ -107,8 +105,8 @@ def bind_transform(
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BoundTransformStart(Wrapper):
-    """A Bound with complex leaves that starts at the DFT: input read by digits (n/in_blocks, in_blocks), both swapped, and
-    likewise the output, (out_blocks, n/out_blocks) swapped, after it."""
+    """A Bound with complex leaves that starts at the DFT, between two permutations: `inner` reads the input by digits
+    (n/in_blocks, in_blocks), both swapped, and its output, (out_blocks, n/out_blocks), is swapped after it."""
 
     in_blocks: int
     out_blocks: int
@@ -119,6 +117,14 @@ class BoundTransformStart(Wrapper):
     @property
     def is_complex(self) -> bool:
         return True
+
+    @property
+    def grams(self) -> str:
+        return "none"
+
+    def rebind(self, structure: Structure) -> BoundTransformStart:
+        """As `bind_transform`."""
+        return bind_transform(self.d_in, self.inverse, self.norm, structure, self.dtype)
 
     def leaves(self, in_axes: Axes = None, out_axes: Axes = None, gain: float = 1.0) -> Leaves:
         as_complex = lambda leaf: (
@@ -134,21 +140,41 @@ class BoundTransformStart(Wrapper):
         if isinstance(inner, BoundBlockLowRank) and (inner.rank, inner.in_blocks * inner.out_blocks) == (1, self.d_in):
             factors = dft_factors(self.d_in, self.in_blocks, self.inverse, self.norm)
             return {name: jnp.asarray(f, self.dtype) for name, f in factors.items()}
-        return inner.project(jnp.asarray(self.start(), self.dtype), key=key)
+        dft = dft_factors(self.d_in, 1, self.inverse, self.norm)["R"].reshape(self.d_in, self.d_in)
+        return self.project(jnp.asarray(dft, self.dtype), key=key)
 
-    def start(self) -> np.ndarray:
-        """complex128 (n, n): the DFT between the permuted digits."""
-        n = self.d_in
-        f = dft_factors(n, 1, self.inverse, self.norm)["R"].reshape(n, n)
-        swapped = lambda a, b: np.arange(n).reshape(a, b).T.reshape(-1)
-        rows = swapped(n // self.in_blocks, self.in_blocks)
-        columns = swapped(n // self.out_blocks, self.out_blocks)
-        return f[np.ix_(rows, columns)]
+    def matmul(self, params: Params, x: jax.Array) -> jax.Array:
+        y = self.inner.matmul(params, swapped_digits(x, self.in_blocks))
+        return swapped_digits(y, self.d_in // self.out_blocks)
+
+    def rmatmul(self, params: Params, y: jax.Array) -> jax.Array:
+        x = self.inner.rmatmul(params, swapped_digits(y, self.out_blocks))
+        return swapped_digits(x, self.d_in // self.in_blocks)
+
+    def take(self, params: Params, ids: jax.Array) -> jax.Array:
+        return Bound.take(self, params, ids)
+
+    def materialize(self, params: Params) -> jax.Array:
+        w = swapped_digits(self.inner.materialize(params), self.d_in // self.out_blocks)
+        return swapped_digits(w.T, self.d_in // self.in_blocks).T
+
+    def project(self, w: jax.Array, *, in_gram: Any = None, out_gram: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """As the structure, on `w` between the permutations; without grams."""
+        self.check_dense(w)
+        self.no_gram(in_gram, out_gram)
+        between = swapped_digits(swapped_digits(w, self.out_blocks).T, self.in_blocks).T
+        return self.inner.project(between, **kwargs)
 
     def cost(self, rows: int, dtype: Any = jnp.float32, path: str = "factored") -> Any:
         """8 FLOPs per multiply-add, which is of complex numbers."""
         found = Bound.cost(self, rows, self.dtype, path)
         return dataclasses.replace(found, flops=4 * found.flops, flops_executed=4 * found.flops_executed)
+
+
+def swapped_digits(x: jax.Array, low: int) -> jax.Array:
+    """x `(..., n)` with entry i = a low + b at b (n / low) + a; undone by `swapped_digits(x, n // low)`."""
+    n = x.shape[-1]
+    return x.reshape(*x.shape[:-1], n // low, low).swapaxes(-1, -2).reshape(x.shape)
 
 
 def dft_factors(length: int, in_blocks: int, inverse: bool = False, norm: Norm = "backward") -> dict[str, np.ndarray]:

@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax
 
 from structmat.structures import Bound, Rules, Structure, StructureError
-from structmat.structures.fourier_weight import bind_fourier_weight
 
 Kind = Literal["linear", "conv", "embed", "head", "spectral"]
 KINDS = ("linear", "conv", "embed", "head")
@@ -178,9 +177,7 @@ def bind(path: str, site: Site, structure: Structure) -> Bound:
       StructureError: it does not fit them; names the site.
     """
     try:
-        if site.kind == "spectral":
-            return bind_fourier_weight(structure, site.bound.in_shape, site.bound.out_shape)
-        return structure.bind(site.bound.in_shape, site.bound.out_shape)
+        return site.bound.rebind(structure)
     except StructureError as error:
         raise StructureError(f"site {path}: {error}") from None
 

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from structmat.nn.leaves import declare
+from structmat.nn.linear import PROBE
 from structmat.nn.sharded import within_replica
 from structmat.nn.sites import record
 from structmat.structures import Structure, StructureError, parse
+from structmat.structures.dense import Dense
 from structmat.structures.fft import by_rows
 from structmat.structures.fourier_weight import bind_fourier_weight
 from structmat.structures.leaf import Axes, Shape, first_axis
@@ -56,7 +58,13 @@ class SpectralConv(nn.Module):
         params = declare(self, bound, self.in_axes, self.out_axes, self.param_dtype, self.gain)
         params = within_replica(bound, params, self.in_axes, self.out_axes)
         x = x.reshape(-1, *space, cin).astype(jnp.promote_types(x.dtype, jnp.float32))
-        y = self.synthesis(bound.contract(params, self.analysis(x)), space).astype(dtype)
+        spectrum = self.analysis(x)
+        z = bound.contract(params, spectrum)
+        if self.has_variable(PROBE, "weight"):
+            dense = bound.rebind(Dense())
+            weight = self.get_variable(PROBE, "weight").reshape(dense.axes)
+            z = z + dense.contract({"kernel": weight.astype(spectrum.dtype)}, spectrum)
+        y = self.synthesis(z, space).astype(dtype)
         if self.use_bias:
             init = nn.with_logical_partitioning(self.bias_init, (first_axis(self.out_axes),))
             y = y + self.param("bias", init, (self.features,), self.param_dtype).astype(dtype)

@@ -66,6 +66,14 @@ class Bound:
         dtypes = [leaf.dtype for _, leaf in flatten_leaves(self.leaves())]
         return any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)
 
+    def rebind(self, structure: Structure) -> Bound:
+        """Another structure at this one's place: of the same sizes and, where this is no plain matrix, of the same kind.
+
+        Raises:
+          StructureError: it does not fit.
+        """
+        return structure.bind(self.in_shape, self.out_shape)
+
     def __repr__(self) -> str:
         return f"{self.structure.short()}: {self.in_shape} -> {self.out_shape}"
 

@@ -128,6 +128,10 @@ class BoundFourierWeight(Bound):
 
     format: TensorFormat | None
 
+    def rebind(self, structure: Structure) -> BoundFourierWeight:
+        """As `bind_fourier_weight`."""
+        return bind_fourier_weight(structure, self.in_shape, self.out_shape)
+
     @property
     def axes(self) -> Shape:
         """Of the tensor: (cin, cout, *modes)."""

@@ -99,7 +99,7 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
     if name not in TASKS:
         raise ConfigError("task", name, "unknown task" + suggest(str(name), TASKS))
     task = TASKS[name]
-    _check_fields(config.to_dict(), default(name, _model_name(config, task.MODELS)).to_dict(), "")
+    _check_fields(config.to_dict(), _wanted(config, task.MODELS), "")
     _check_ranges(config)
     _check_optim(config)
     method_of(config)
@@ -116,6 +116,15 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
         hook(config, name, built.table)
     stages(config, built)
     return built
+
+
+def _wanted(config: ConfigDict, models: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of the config's task and model, with those of the model's optional fields that the config has."""
+    model = _model_name(config, models)
+    wanted = default(config.task, model).to_dict()
+    if model is not None:
+        wanted["model"] |= {k: v for k, v in models[model].optional.items() if k in config.model}
+    return wanted
 
 
 def _model_name(config: ConfigDict, models: Mapping[str, Any]) -> str | None:

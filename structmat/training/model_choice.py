@@ -20,12 +20,15 @@ class ModelChoice:
       check: (config) -> None; raises ConfigError where no such model exists.
       build: (config) -> the module, all sites dense.
       base: (config) -> the dense module of width `config.mup.base_width`.
+      optional: further fields, with values of their types, that a config may leave out and the defaults do: what the
+        model of somebody else's weights needs.
     """
 
     fields: Mapping[str, Any]
     check: Callable[[Any], None]
     build: Callable[[Any], nn.Module]
     base: Callable[[Any], nn.Module]
+    optional: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
 
 
 def at_least_one(model: Any, names: Sequence[str]) -> None:

@@ -58,6 +58,8 @@ class Task:
       load: reads the data; nothing before it touches any.
       rows: (site path) -> rows it multiplies in one batch; None where all multiply `units`.
       accumulate: parts of a batch whose gradients are computed in turn.
+      generated: version of the code that makes the data out of `config.data` alone; "" where data is read from elsewhere,
+        so that only its content tells what it is.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Task:
     load: Callable[[], Source]
     rows: Callable[[str], int] | None = None
     accumulate: int = 1
+    generated: str = ""
 
     @functools.cached_property
     def table(self) -> dict[str, Site]:

@@ -34,7 +34,7 @@ NAMED = {
     "digits_resnet": ("digits_resnet", None),
     "teacher": ("teacher", None),
     "navier_stokes": ("navier_stokes", None),
-    **{f"navier_stokes_{model}": ("navier_stokes", model) for model in ("tfno", "monarch", "unet")},
+    **{f"navier_stokes_{model}": ("navier_stokes", model) for model in ("tfno", "monarch", "unet", "resnet")},
     **{f"mri_{model}": ("mri", model) for model in ("msense", "unet")},
     **{f"llama_{size}": ("llama", size) for size in ("60m", "130m", "350m", "1b", "7b")},
     **{f"gpt2_{size}": ("gpt2", size) for size in ("small", "medium", "large")},

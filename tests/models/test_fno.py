@@ -45,7 +45,7 @@ def reference(model, variables, x):
 
     def linear(y, path):
         y = y @ dense(path)
-        return y + own(path)["bias"] if "bias" in own(path) else y
+        return y + own(path).get("bias", 0)
 
     def spectral(y, path):
         space, m = y.shape[1:-1], model.modes
@@ -54,33 +54,45 @@ def reference(model, variables, x):
         for at in np.ndindex(w.shape[2:]):
             k = tuple(i - c if i >= (c + 1) // 2 else i for i, c in zip(at[:-1], m)) + at[-1:]
             out[(slice(None), *k)] = z[(slice(None), *k)] @ w[(..., *at)]
-        return np.fft.irfftn(out, s=space, axes=axes) + own(path)["bias"]
+        return np.fft.irfftn(out, s=space, axes=axes) + own(path).get("bias", 0)
+
+    def normed(y, path):
+        if model.norm == "none":
+            return y
+        y = (y - y.mean(axes, keepdims=True)) / np.sqrt(y.var(axes, keepdims=True) + 1e-6)
+        return y * own(path)["scale"] + own(path)["bias"]
 
     x = np.asarray(with_coordinates(x)) if model.grid else x
     x = linear(gelu(linear(x, "lift_up")), "lift_down")
+    around = [(0, 0), *(2 * (round(model.padding * n),) for n in x.shape[1:-1]), (0, 0)]
+    x = np.pad(x, around)
     for i in range(model.layers):
         name = f"layers_{i}"
         active = gelu if i < model.layers - 1 else lambda y: y
-        y = active(spectral(x, f"{name}/spectral") + linear(x, f"{name}/skip"))
+        y = active(normed(spectral(x, f"{name}/spectral"), f"{name}/norm1") + linear(x, f"{name}/skip"))
         y = linear(gelu(linear(y, f"{name}/mlp_up")), f"{name}/mlp_down")
-        x = active(y + own(name)["gate"] * x)
+        x = active(normed(y + own(name)["gate"] * x, f"{name}/norm2"))
+    x = x[tuple(slice(p, n - p) for (p, _), n in zip(around, x.shape))]
     return linear(gelu(linear(x, "project_up")), "head")
 
 
 @pytest.mark.parametrize(
-    ("modes", "rules"),
+    ("modes", "rules", "fields"),
     mostly_long(
         [
-            ((4, 3), "layers_.*/spectral -> cp(rank=4)"),
-            ((4, 3), "dense()"),
-            ((7,), "layers_1/spectral -> tucker(rank=3)"),
+            ((4, 3), "layers_.*/spectral -> cp(rank=4)", {}),
+            ((4, 3), "dense()", {}),
+            ((7,), "layers_1/spectral -> tucker(rank=3)", {}),
+            ((4, 7), "dense()", dict(padding=0.3)),  # 2 points on either side of both axes; 7 modes are beyond 6 points
+            ((4, 3), "layers_.*/spectral -> cp(rank=4)", dict(norm="instance")),
+            ((7,), "dense()", dict(padding=0.25, norm="instance")),
         ],
-        [((7,), "layers_1/spectral -> tucker(rank=3)")],
+        [((7,), "layers_1/spectral -> tucker(rank=3)", {}), ((7,), "dense()", dict(padding=0.25, norm="instance"))],
     ),
 )
-def test_output_is_the_plain_network(modes, rules):
+def test_output_is_the_plain_network(modes, rules, fields):
     x = X if len(modes) == 2 else X[:, :, 0]
-    model = assign(FNO(**SMALL | dict(modes=modes)), rules, x)
+    model = assign(FNO(**SMALL | dict(modes=modes) | fields), rules, x)
     variables = drawn(model, x)
     got, expected = jax.jit(model.apply)(variables, x), reference(model, variables, x)
     assert got.dtype == jnp.float32 and got.shape == (*x.shape[:-1], 2) and np.abs(expected).max() > 0.1
@@ -131,9 +143,36 @@ def test_the_same_parameters_apply_on_a_finer_grid():
     close(model.apply(variables, fine)[:, ::2, ::2], y, 1e-2)
 
 
+def test_padding_of_no_points_changes_no_operation():
+    """And a ramp, whose ends differ, sees the points it is given, with the same parameters."""
+    ramp = np.broadcast_to(np.linspace(-1, 1, 8, dtype=np.float32)[None, :, None], (2, 8, 1))
+    fields = dict(width=4, layers=2, modes=(3,))
+    plain, none, model = (FNO(**fields, padding=p) for p in (0.0, 0.06, 0.25))
+    variables = drawn(plain, ramp)
+    text = lambda model: str(jax.make_jaxpr(model.apply)(variables, ramp))
+    assert text(none) == text(plain) != text(model)
+    y, other = (jax.jit(m.apply)(variables, ramp) for m in (plain, model))
+    assert other.shape == y.shape == (2, 8, 1) and np.abs(y - other).max() > 1e-2 * np.abs(y).max()
+
+
+def test_a_norm_replaces_the_biases_before_it():
+    shapes = lambda **f: nn.unbox(jax.eval_shape(FNO(**SMALL, **f).init, jax.random.key(0), X))["params"]["layers_0"]
+    plain, normed = shapes(), shapes(norm="instance")
+    assert set(normed) - set(plain) == {"norm1", "norm2"}
+    biased = lambda layer: {name for name, node in layer.items() if isinstance(node, dict) and "bias" in node}
+    assert biased(plain) == {"spectral", "mlp_up", "mlp_down"}
+    assert biased(normed) == {"norm1", "mlp_up", "norm2"}
+
+
 def test_sizes_are_checked():
-    with pytest.raises(ValueError, match="need an input"):
-        jax.eval_shape(FNO().init, jax.random.key(0), jnp.zeros((2, 16, 1)))
+    for model, message in (
+        (FNO(), "need an input"),
+        (FNO(modes=(4,), norm="instanse"), "did you mean 'instance'"),
+        (FNO(modes=(4,), padding=-0.1), r"padding=-0.1 must be a fraction"),
+        (FNO(modes=(4,), padding=0.1, levels=1), "padding=0.1 is for a domain with ends, levels=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 16, 1)))
 
 
 @pytest.mark.long

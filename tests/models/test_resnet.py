@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structmat.models import ResNet
+from structmat.models import FieldResNet, ResNet
 from structmat.models.resnet import GROUPS
 from structmat.nn import assign, site_params, sites
 from structmat.structures import StructureError
@@ -79,6 +79,39 @@ def test_logits_equal_the_plain_network(view):
     logits, expected = (jax.jit(f)(held, images) for f in (model.apply, lambda v, x: reference(model, v, x)))
     assert logits.dtype == jnp.float32 and np.abs(expected).max() > 0.5
     np.testing.assert_allclose(logits, expected, atol=3e-5 * np.abs(expected).max())
+
+
+def test_a_field_goes_through_the_plain_network():
+    """And its shift through to the shift of what comes out."""
+    x = np.random.default_rng(1).normal(size=(2, 6, 4, 3)).astype(np.float32)
+    model = assign(FieldResNet(features=2, width=6, blocks=2), "layers_1/conv2 -> low_rank(rank=3)", x)
+    held, table = shaken(model, x), sites(model, x)
+
+    def plain(variables, y):
+        params = variables["params"]
+
+        def conv(y, *path):
+            own, site = params, table["/".join(path)]
+            for part in path:
+                own = own[part]
+            matrix = site.bound.materialize(site_params(variables, "/".join(path), site))
+            kernel = kernel_of(matrix, "channel", (3, 3), y.shape[-1], 6)
+            module = nn.Conv(6, (3, 3), padding="CIRCULAR")
+            return module.apply({"params": {"kernel": kernel, "bias": own["bias"]}}, y)
+
+        active = lambda y, own: nn.relu(nn.GroupNorm(2).apply({"params": own}, y))  # 2: of gcd(6, 4)
+        y = conv(y, "stem")
+        for name in ("layers_0", "layers_1"):
+            z = conv(active(y, params[name]["norm1"]), name, "conv1")
+            y = y + conv(active(z, params[name]["norm2"]), name, "conv2")
+        return active(y, params["norm"]) @ params["head"]["kernel"] + params["head"]["bias"]
+
+    apply = jax.jit(model.apply)
+    got, expected = apply(held, x), jax.jit(plain)(held, x)
+    assert got.dtype == jnp.float32 and got.shape == (2, 6, 4, 2) and np.abs(expected).max() > 0.5
+    near = lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5 * np.abs(expected).max())
+    near(got, expected)
+    near(apply(held, np.roll(x, (1, -1), (1, 2))), np.roll(expected, (1, -1), (1, 2)))
 
 
 def test_rules_reach_its_convolutions_by_name():

@@ -6,7 +6,7 @@ import pytest
 
 from structmat.nn import sites
 from structmat.nn.monarch_transform import MonarchTransform, bind_transform, dft_factors
-from structmat.structures import StructureError
+from structmat.structures import StructureError, parse
 from structmat.structures.block_low_rank import BlockLowRank
 from tests.marks import mostly_long
 
@@ -85,6 +85,7 @@ def test_site_and_accounting():
     bound = table[""].bound
     assert table[""].kind == "linear" and bound.structure == BlockLowRank(in_blocks=6, out_blocks=8, rank=1)
     assert bound.is_complex and bound.params == 2 * 48 * (6 + 8)
+    assert bound.dense_params == 2 * 48**2 and bound.cost(5).flops == 4 * 2 * 5 * 48 * (6 + 8)
     assert {leaf.dtype for leaf in bound.leaves().values()} == {jnp.dtype("complex64")}
 
 
@@ -113,16 +114,28 @@ def test_probe_is_added_to_the_matrix():
     module = MonarchTransform(15)
     params = held(module, x)
     weight = example(15, 15).astype(np.complex64)
-    bound = bind_transform(15)
-    dense = MonarchTransform(15, structure=BlockLowRank(in_blocks=3, out_blocks=5, rank=3))
-    summed = {"params": dense_params(bound.materialize(params["params"]) + weight)}
+    w = bind_transform(15).materialize(params["params"])
     found = module.apply(params | {"probe": {"weight": weight}}, x)
-    np.testing.assert_allclose(found, dense.apply(summed, x), atol=1e-4)
+    np.testing.assert_allclose(found, x @ (w + weight), atol=1e-4)
 
 
-def dense_params(w):
-    """Any 15 x 15 matrix as block low rank of full slices of 5 x 3."""
-    return BlockLowRank(in_blocks=3, out_blocks=5, rank=3).bind(15, 15).project(w)
+@pytest.mark.parametrize("structure", [None, "dense()", "block_low_rank(in_blocks=3, out_blocks=4, rank=2)"])
+def test_the_matrix_is_the_transform_and_projects_back(structure):
+    """Any two structures speak of one matrix, whatever digits they read, so one can become the other."""
+    with jax.enable_x64(True):
+        bound = bind_transform(12, structure=structure, param_dtype=jnp.complex128)
+        params, x = bound.init(KEY), example(12)
+        w = bound.materialize(params)
+        if structure != "block_low_rank(in_blocks=3, out_blocks=4, rank=2)":
+            np.testing.assert_allclose(w, np.fft.fft(np.eye(12)), atol=1e-12)
+        np.testing.assert_allclose(bound.matmul(params, x), x @ w, atol=1e-12)
+        np.testing.assert_allclose(bound.rmatmul(params, x), x @ w.T, atol=1e-12)
+        np.testing.assert_allclose(bound.take(params, jnp.array([3, 0])), w[jnp.array([3, 0])])
+        np.testing.assert_allclose(bound.materialize(bound.project(w)), w, atol=1e-12)
+        other = bound.rebind(parse("monarch(blocks=2)"))
+        assert other.d_in == 12 and other.is_complex and other.params == 2 * other.inner.params
+        with pytest.raises(StructureError, match="no closed form with in_gram"):
+            bound.project(w, in_gram=jnp.ones(12))
 
 
 @pytest.mark.parametrize(

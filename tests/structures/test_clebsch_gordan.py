@@ -112,6 +112,13 @@ def test_every_coupling_is_the_only_one(path):
     assert abs(vt[-1] @ unit_path(*path).reshape(-1)) == pytest.approx(1, abs=1e-9)
 
 
+def test_paths_begin_with_a_positive_entry_and_have_norm_one():
+    for path in itertools.product(range(4), repeat=3):
+        if abs(path[0] - path[1]) <= path[2] <= path[0] + path[1]:
+            found = unit_path(*path)
+            assert found.reshape(-1)[np.flatnonzero(found)[0]] > 0 and np.linalg.norm(found) == pytest.approx(1)
+
+
 def test_products_of_spherical_harmonics():
     """Gaunt's integral of three of them, by quadrature, is the path times (l1 0 l2 0 | l3 0): zero for odd sums."""
     points, weights = quadrature(8)

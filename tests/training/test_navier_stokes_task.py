@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from structmat.nn import sites
+from structmat.nn import site_params, sites
 from structmat.optim import multipliers
 from structmat.parallel import make_mesh, on_mesh, shard_batch
 from structmat.training import dry_run, loop
@@ -18,6 +18,7 @@ from structmat.training.build import compile_step, evaluate, make_eval_step, opt
 from structmat.training.config import default, validate
 from structmat.training.errors import ConfigError
 from structmat.training.metrics import read_metrics
+from structmat.training.rule import dense_gradients
 from structmat.training.state import create_state, plan_state
 from structmat.training.step import gradients, make_step
 from structmat.training.tasks import navier_stokes
@@ -36,7 +37,8 @@ def small(folder, model="fno", **fields):
     config = default("navier_stokes", model)
     config.update(steps=12, batch=8, log_every=1)
     config.data.update(resolution=8, solve_resolution=16, time=0.5, dt=0.1, train=12, test=5, folder=str(folder))
-    config.model.update(dict(width=4, depth=1) if model == "unet" else dict(width=4, layers=1, modes=4))
+    own = {"unet": dict(depth=1), "resnet": dict(blocks=1)}.get(model, dict(layers=1, modes=4))
+    config.model.update(width=4, **own)
     config.mup.base_width = 4
     config.checkpoint.every = 5
     config.update(fields)
@@ -152,6 +154,25 @@ def test_complex_parameters_count_twice_and_flops_add_up(folder):
     at_top, below = 9 * (1 * w + w * w + 2 * w * w + 2 * w * w + w * w) + w, 9 * (2 * w * w + 4 * w * w)
     assert task.flops() == 2 * (n * n * at_top + (n // 2) ** 2 * below)
 
+    task = validate(small(folder, "resnet"))
+    assert task.flops() == 2 * n * n * (9 * (w + 2 * w * w) + w)
+    assert task.params == 9 * (w + 2 * w * w) + 3 * w + 3 * 2 * w + w + 1
+
+
+def test_padding_is_multiplied_in_the_layers_alone(folder):
+    config, larger = small(folder), small(folder)
+    config.model.update(padding=0.125, modes=10, norm="instance")
+    larger.model.modes = 10
+    larger.data.update(resolution=10, solve_resolution=20)
+    task, of_ten = validate(config), validate(larger)
+    side = {"lift_up": 8, "layers_0/skip": 10, "layers_0/mlp_up": 10, "project_up": 8, "head": 8}
+    assert {path: task.rows_at(path) for path in side} == {path: 8 * n**2 for path, n in side.items()}
+    assert task.rows_at("layers_0/spectral") == 8 and task.other_flops == of_ten.other_flops
+    inside = sum(side[path] ** 2 * site.bound.cost(1).flops for path, site in task.table.items() if path in side)
+    rest = 64 * task.table["lift_down"].bound.cost(1).flops + 100 * task.table["layers_0/mlp_down"].bound.cost(1).flops
+    spectral = task.table["layers_0/spectral"].bound.cost(1).flops
+    assert task.flops() == task.other_flops + inside + rest + spectral
+
 
 def test_patches_are_rows(folder):
     config = small(folder)
@@ -193,12 +214,16 @@ WRONG = [
     ("fno", "model.levels", 2),
     ("fno", "model.levels", -1),
     ("fno", "model.margin", 1.5),
+    ("fno", "model.padding", -0.1),
+    ("fno", "model.norm", "instanse"),
     ("monarch_operator", "model.modes", 9),
     ("monarch_operator", "model.transform", "monarch(blocks=3)"),
     ("monarch_operator", "model.transform", "monrach(blocks=2)"),
     ("unet", "model.depth", 4),
     ("unet", "model.view", "channels"),
     ("unet", "model.width", 0),
+    ("resnet", "model.blocks", 0),
+    ("resnet", "model.view", "channels"),
 ]
 
 
@@ -210,6 +235,13 @@ def test_what_cannot_be_is_refused_by_its_field(model, field, value, folder):
     with pytest.raises(ConfigError) as caught:
         validate(config)
     assert caught.value.field == field and repr(value) in str(caught.value)
+
+
+def test_padding_and_patches_exclude_each_other(folder):
+    config = small(folder)
+    config.model.update(padding=0.1, margin=0.125)
+    with pytest.raises(ConfigError, match=r"model\.padding = 0\.1: .*margin=0\.125 read the domain as a torus"):
+        validate(config)
 
 
 def test_the_dry_run_shows_complex_sites(folder, monkeypatch):
@@ -241,7 +273,7 @@ def resume(config, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "structure"),
-    [("fno", TUCKER), ("monarch_operator", "dense()"), ("unet", ".*/conv. -> tucker(rank=3)")],
+    [("fno", TUCKER), ("monarch_operator", "dense()"), ("unet", ".*/conv. -> tucker(rank=3)"), ("resnet", "dense()")],
 )
 def test_learns_and_resumes_to_the_bit(model, structure, folder, tmp_path):
     config = small(folder, model, structure=structure)
@@ -249,7 +281,7 @@ def test_learns_and_resumes_to_the_bit(model, structure, folder, tmp_path):
     losses = [row["loss"] for row in resume(config, tmp_path) if "loss" in row]
     assert len(losses) == 12 and losses[-1] < 0.9 * losses[0]
     sums = array_sums(tmp_path / "whole")
-    if model != "unet":
+    if model not in ("unet", "resnet"):
         assert any("spectral" in name for name in sums)
 
 
@@ -271,6 +303,26 @@ def steps_on(config, **mesh):
         return found, evaluate(make_eval_step(task, grid), state, source, grid)
 
 
+@pytest.mark.parametrize("structure", ["dense()", pytest.param(TUCKER, marks=pytest.mark.long)])
+def test_gradients_by_the_matrices_are_those_of_the_step(structure, folder):
+    """Of a dense complex weight its own; of its factors what the chain rule makes of them."""
+    task = validate(small(folder, "fno" if structure == TUCKER else "monarch_operator", structure=structure))
+    variables, batch = drawn(task), task.load().batch(0, None)
+    table = {path: site for path, site in task.table.items() if "spectral" in path}
+    value = lambda v: task.loss(task.model, v, batch, None, False)[0]
+    of_both = lambda v: (dense_gradients(value, v, table), gradients(task, v, batch, jax.random.key(0))[1])
+    found, own = jax.jit(of_both)(variables)
+    for path, site in table.items():
+        params, mine = site_params(variables, path, site), site_params({"params": own}, path, site)
+        assert found[path].dtype == jnp.complex64 and jnp.abs(found[path].imag).max() > 0
+        _, back = jax.vjp(site.bound.materialize, params)
+        jax.tree.map(
+            lambda chain, leaf: np.testing.assert_allclose(chain.conj(), leaf, atol=2e-5 * np.abs(leaf).max()),
+            back(found[path].conj())[0],
+            mine,
+        )
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("structure", [TUCKER])
 def test_a_mesh_gives_the_losses_of_one_device(structure, folder):
@@ -287,7 +339,7 @@ def test_a_mesh_gives_the_losses_of_one_device(structure, folder):
 
 
 @pytest.mark.parametrize(
-    "model", ["fno", *(pytest.param(m, marks=pytest.mark.long) for m in ("monarch_operator", "unet"))]
+    "model", ["fno", *(pytest.param(m, marks=pytest.mark.long) for m in ("monarch_operator", "unet", "resnet"))]
 )
 def test_steps_against_the_gradient_descend(model, folder):
     """Among complex leaves too, each by itself: a gradient that was not conjugated would climb."""
@@ -296,7 +348,7 @@ def test_steps_against_the_gradient_descend(model, folder):
     both = jax.jit(lambda params: gradients(task, {"params": params}, batch, jax.random.key(0))[:2])
     leaves, tree = jax.tree.flatten(jax.device_get(variables["params"]))
     value, grads = jax.device_get(both(variables["params"]))
-    assert any(np.iscomplexobj(leaf) for leaf in leaves) == (model != "unet")
+    assert any(np.iscomplexobj(leaf) for leaf in leaves) == (model not in ("unet", "resnet"))
     for i, grad in enumerate(jax.tree.leaves(grads)):
         size = np.linalg.norm(grad)
         moved = [*leaves[:i], (leaves[i] - 2e-3 / size * grad).astype(grad.dtype), *leaves[i + 1 :]]

@@ -14,6 +14,8 @@ from structmat.data.errors import DataError
 from structmat.data.mri.acquisition import Scanner, acquire, scanner, scans
 from structmat.data.mri.phantoms import ECHOES
 
+VERSION = 1
+"""Goes up when the same arguments give other scans."""
 MOST = 2**16
 """Scans a part may have: phantoms are numbered 2 MOST seed + i to train on, and MOST more to hold out."""
 

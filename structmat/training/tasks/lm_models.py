@@ -25,6 +25,7 @@ def check_gpt(config: Any) -> None:
     """Refuse sizes no GPT can have."""
     at_least_one(config.model, [name for name in GPT_SIZES if name != "vocab"])
     _check_tokens(config.model)
+    _above_zero(config.model, ("eps", "tied_scale"))
 
 
 def build_gpt(config: Any) -> GPT:
@@ -32,7 +33,8 @@ def build_gpt(config: Any) -> GPT:
     m = config.model
     return GPT(
         **{name: m[name] for name in (*GPT_SIZES, "dropout", "tie", "scan", "remat")},
-        tied_scale=None if config.mup.enabled else m.width**-0.5,
+        tied_scale=m.get("tied_scale", None if config.mup.enabled else m.width**-0.5),
+        eps=m.get("eps", 1e-6),
         dtype=jnp.dtype(m.dtype),
     )
 
@@ -46,9 +48,7 @@ def check_llama(config: Any) -> None:
     if m.width // m.heads % 2:
         rule = f"must leave heads of even size for rotary positions; model.width={m.width} over them is {m.width // m.heads}"
         raise ConfigError("model.heads", m.heads, rule)
-    for name in ("theta", "eps"):
-        if m[name] <= 0:
-            raise ConfigError(f"model.{name}", m[name], "must be above 0")
+    _above_zero(m, ("theta", "eps", "tied_scale"))
     if config.mup.base_width % 2:
         raise ConfigError("mup.base_width", config.mup.base_width, "must be even, for rotary positions")
 
@@ -58,6 +58,8 @@ def build_llama(config: Any) -> Llama:
     m = config.model
     return Llama(
         **{name: m[name] for name in (*LLAMA_SIZES, "theta", "eps", "dropout", "scan", "remat")},
+        tie=m.get("tie", False),
+        tied_scale=m.get("tied_scale", None if config.mup.enabled else m.width**-0.5),
         dtype=jnp.dtype(m.dtype),
     )
 
@@ -67,6 +69,12 @@ def base_llama(config: Any) -> Llama:
     m, width = config.model, config.mup.base_width
     hidden = max(1, round(m.hidden * width / m.width))
     return build_llama(config).clone(width=width, hidden=hidden, heads=1, kv_heads=1)
+
+
+def _above_zero(m: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if m.get(name, 1.0) <= 0:
+            raise ConfigError(f"model.{name}", m[name], "must be above 0")
 
 
 def _check_tokens(m: Any) -> None:
@@ -90,6 +98,10 @@ MODELS = {
         check=check_gpt,
         build=build_gpt,
         base=lambda config: build_gpt(config).clone(width=config.mup.base_width, heads=1),
+        optional=dict(
+            eps=1e-6,  # of LayerNorm
+            tied_scale=1.0,  # factor on the logits of a tied head; left out 1 / width with muP, else 1 / sqrt(width)
+        ),
     ),
     "llama": ModelChoice(
         fields=dict(
@@ -107,5 +119,9 @@ MODELS = {
         check=check_llama,
         build=build_llama,
         base=base_llama,
+        optional=dict(
+            tie=False,  # the head is the transposed embedding
+            tied_scale=1.0,  # as in gpt
+        ),
     ),
 }

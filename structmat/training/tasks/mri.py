@@ -100,6 +100,7 @@ def build(config: Any) -> Task:
         other_flops=choice.other_flops(config),
         load=lambda: load(config),
         rows=lambda path: config.batch * rows(path),
+        generated=f"scans {dataset.VERSION}",
     )
 
 

@@ -15,7 +15,7 @@ from structmat.analysis.fields import relative_h1, relative_l2
 from structmat.data.batches import shuffled_indices
 from structmat.data.corpus import content_hash
 from structmat.data.errors import DataError
-from structmat.data.pde import navier_stokes_set
+from structmat.data.pde import NavierStokes, navier_stokes_set
 from structmat.data.pde.steps import steps_between
 from structmat.structures.errors import suggest
 from structmat.structures.fft import by_rows
@@ -101,6 +101,7 @@ def build(config: Any) -> Task:
         other_flops=choice.other_flops(config),
         load=lambda: load(config),
         rows=lambda path: config.batch * rows(path),
+        generated=f"{NavierStokes.kind} {NavierStokes.version}",
     )
 
 

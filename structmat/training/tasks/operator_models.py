@@ -8,15 +8,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from structmat.models import FNO, MonarchOperator, UNet
+from structmat.models import FNO, FieldResNet, MonarchOperator, UNet
+from structmat.models.fno import NORMS
 from structmat.models.multigrid import margin_points
 from structmat.nn.monarch_transform import bind_transform
 from structmat.nn.spectral_conv import kept
 from structmat.structures import StructureError
+from structmat.structures.errors import suggest
 from structmat.structures.fft import fft_flops
 from structmat.training.errors import ConfigError
 from structmat.training.model_choice import ModelChoice, at_least_one
-from structmat.training.tasks.unet_model import build_unet, check_unet, unet_fields, unet_positions
+from structmat.training.tasks.unet_model import build_unet, check_unet, check_view, unet_fields, unet_positions
 
 FNO_SIZES = ("width", "layers", "modes")
 SHARED = dict(
@@ -56,27 +58,40 @@ def check_fno(config: Any) -> None:
         raise ConfigError("model.levels", m.levels, f"4^levels must divide data.resolution={n}", f"0 to {most} do")
     if not 0 <= m.margin <= 1:
         raise ConfigError("model.margin", m.margin, "must be a fraction of the side in [0, 1]", "0.1 is")
+    if not 0 <= m.padding <= 1:
+        raise ConfigError("model.padding", m.padding, "must be a fraction of the side in [0, 1]", "0.1 is")
+    if m.padding and (m.levels or m.margin):
+        rule = f"model.levels={m.levels} and model.margin={m.margin} read the domain as a torus"
+        raise ConfigError("model.padding", m.padding, rule, "0.0 is valid with them")
+    if m.norm not in NORMS:
+        raise ConfigError("model.norm", m.norm, "no such norm" + suggest(m.norm, NORMS))
     _modes_fit(m, side_of(config))
 
 
 def build_fno(config: Any) -> FNO:
     """The module."""
     m = config.model
-    own = {name: m[name] for name in ("width", "layers", "grid", "levels", "margin")}
+    own = {name: m[name] for name in ("width", "layers", "grid", "levels", "margin", "padding", "norm")}
     return FNO(**own, modes=(m.modes, m.modes), dtype=jnp.dtype(m.dtype))
 
 
 def side_of(config: Any) -> int:
-    """Points a side of what the layers see: a patch with its margins."""
-    n = config.data.resolution
-    return n // 2**config.model.levels + 2 * margin_points(config.model.margin, (n,))[0]
+    """Points a side of what the layers see: a patch with its margins, or the domain with its padding."""
+    m, n = config.model, config.data.resolution
+    return n // 2**m.levels + 2 * margin_points(m.margin, (n,))[0] + 2 * margin_points(m.padding, (n,))[0]
 
 
 def fno_rows(config: Any) -> Callable[[str], int]:
-    """Points of all patches; of a Fourier layer's weight, patches."""
-    patches = 4**config.model.levels
-    points = patches * side_of(config) ** 2
-    return lambda path: patches if path.endswith("/spectral") else points
+    """Points of all patches, in the layers with the padding; of a Fourier layer's weight, patches."""
+    m, side = config.model, side_of(config)
+    patches, padding = 4**m.levels, margin_points(m.padding, (config.data.resolution,))[0]
+
+    def rows(path: str) -> int:
+        if path.endswith("/spectral"):
+            return patches
+        return patches * (side if path.startswith("layers_") else side - 2 * padding) ** 2
+
+    return rows
 
 
 def fno_flops(config: Any) -> int:
@@ -122,12 +137,24 @@ def monarch_rows(config: Any) -> Callable[[str], int]:
     return rows
 
 
-# -- U-Net ---------------------------------------------------------------------------------------------------------------
+# -- U-Net and ResNet ----------------------------------------------------------------------------------------------------
 
 
 def periodic_unet(config: Any) -> UNet:
     """The module."""
     return build_unet(config, 1, "CIRCULAR")
+
+
+def check_resnet(config: Any) -> None:
+    """Refuse sizes no ResNet can have."""
+    at_least_one(config.model, ("width", "blocks"))
+    check_view(config.model)
+
+
+def build_resnet(config: Any) -> FieldResNet:
+    """The module."""
+    own = {name: config.model[name] for name in ("width", "blocks", "view")}
+    return FieldResNet(**own, dtype=jnp.dtype(config.model.dtype))
 
 
 MODELS = {
@@ -140,6 +167,8 @@ MODELS = {
             grid=True,  # append the coordinates of each point to its channels
             levels=0,  # of multi-grid patches: 2^levels a side
             margin=0.0,  # of the whole domain or of each patch, as a fraction of the whole side
+            padding=0.0,  # zeros on either side, as a fraction of it, for fields that are not periodic
+            norm="none",  # none | instance: of the layers
         ),
         check=check_fno,
         build=build_fno,
@@ -170,6 +199,20 @@ MODELS = {
         build=periodic_unet,
         base=lambda config: periodic_unet(config).clone(width=config.mup.base_width),
         rows=lambda config: unet_positions(config.model.depth, config.data.resolution),
+        other_flops=lambda config: 0,
+        any_grid=True,
+    ),
+    "resnet": OperatorModel(
+        fields=dict(
+            SHARED,
+            width=32,  # hidden channels
+            blocks=8,  # of two 3 x 3 convolutions
+            view="channel",  # channel | spatial | decoupled: which matrix of a kernel is structured
+        ),
+        check=check_resnet,
+        build=build_resnet,
+        base=lambda config: build_resnet(config).clone(width=config.mup.base_width),
+        rows=lambda config: lambda path: config.data.resolution**2,
         other_flops=lambda config: 0,
         any_grid=True,
     ),

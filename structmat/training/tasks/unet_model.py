@@ -33,6 +33,11 @@ def check_unet(config: Any, side: str) -> None:
         most = next((n for n in range(m.depth, 0, -1) if size % 2**n == 0), 0)
         hint = f"{most} does" if most else f"data.{side} must be even"
         raise ConfigError("model.depth", m.depth, f"must halve data.{side}={size} evenly", hint)
+    check_view(m)
+
+
+def check_view(m: Any) -> None:
+    """Refuse a view of convolutions that does not exist."""
     if m.view not in get_args(View):
         raise ConfigError("model.view", m.view, "no such view" + suggest(m.view, get_args(View)))
 

@@ -62,7 +62,7 @@ def trained(monkeypatch):
         return Record.create(
             name=name, kind="train", config=json.loads(config.to_json()), structures={}, seed=config.seed, data_hash="d",
             seconds=2.0, metrics={"heldout": {"loss": loss, "accuracy": 0.5}, "step_seconds": 0.01, "step_bytes": 2**20,
-                                  "data": "digits"},
+                                  "data": "digits", "reference": {"majority_loss": 1.2, "majority_accuracy": 0.1}},
         )  # fmt: skip
 
     monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), TINY)
@@ -245,3 +245,46 @@ def test_steps_are_timed_beside_dense(trained, tmp_path):
 def test_a_scale_the_table_does_not_have_is_named(tmp_path):
     with pytest.raises(TableError, match="table tiny has no scale 'paper'; it has cpu"):
         timing.time_table(TABLE, "paper", Store(tmp_path, "paper"))
+
+
+def test_methods_without_a_model_stand_beside_the_arm_they_come_with(trained, tmp_path):
+    beside = Arm("majority", TABLE.arms[0].changes, tuned_with="monarch", reference="majority")
+    claims = (
+        Claim("Monarch beats the majority", "us", "monarch", "majority"),
+        Claim("Monarch beats the majority in accuracy", "us", "monarch", "majority", metric="accuracy"),
+        Claim("Monarch is known by its F1", "us", "monarch", "majority", metric="f1"),
+    )
+    table, store = dataclasses.replace(TABLE, arms=(*TABLE.arms, beside), claims=claims), Store(tmp_path, "cpu")
+    assert run_table(table, "cpu", store, tmp_path / "runs", 60) and len(trained) == 21  # no more than without it
+    results = results_of(plan(table, "cpu", store), store)
+    assert results.line("majority").figures("loss") == [1.2] * 3 and results.line("monarch").figures("f1") == []
+    loss, accuracy = (results.verdict(claim) for claim in claims[:2])
+    assert (
+        loss.gain == pytest.approx(0.1 - 0.001) and loss.status == "not decided"
+    )  # 1.001, 1.101 and 1.201 against 1.2
+    assert accuracy.gain == pytest.approx(-0.4)  # the table's direction: less is better
+    with pytest.raises(TableError, match="arm 'monarch': its runs have no held-out figure 'f1'"):
+        results.verdict(claims[2])
+    page = report.report([dataclasses.replace(table, claims=claims[:2])], tmp_path).read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| majority"))
+    assert "1.2000" in row and row.count("| - ") + row.count("  - ") >= 7
+
+
+def test_seeds_may_make_their_own_data(monkeypatch, tmp_path):
+    base = dataclasses.replace(TINY, reseeded=("eval.batches",), rates=(1.0,))
+    monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), base)
+    runs = plan(dataclasses.replace(TABLE, claims=()), "cpu", Store(tmp_path, "cpu")).row("monarch").runs
+    assert [(run.config.seed, run.config.eval.batches) for run in runs] == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_a_table_may_go_without_a_low_rank_row(monkeypatch):
+    monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), TINY)
+    table = dataclasses.replace(TABLE, low_rank="", claims=())
+    assert [arm.name for arm, _ in planning.arms_of(table, "cpu")][:3] == [DENSE, SMALL, "monarch"]
+
+
+def test_data_made_from_the_config_is_not_made_to_name_a_run(monkeypatch):
+    config = default("navier_stokes")
+    made = validate(config).generated
+    assert planning.data_hash(config) == made and "navier_stokes" in made
+    assert planning.data_hash(small()) == validate(small()).load().sha256
