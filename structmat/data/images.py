@@ -10,6 +10,7 @@ from structmat.data import digits
 from structmat.data.batches import shuffled_indices
 from structmat.data.corpus import content_hash
 from structmat.data.errors import DataError
+from structmat.data.moved import draws, moved
 
 NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -85,12 +86,24 @@ def enlarged(images: np.ndarray, size: int, channels: int) -> np.ndarray:
 
 
 def image_batch(
-    data: Images, seed: int, step: int, batch: int, size: int, channels: int, rows: range | None = None
+    data: Images,
+    seed: int,
+    step: int,
+    batch: int,
+    size: int,
+    channels: int,
+    rows: range | None = None,
+    shift: int = 0,
+    rotation: float = 0.0,
 ) -> dict[str, np.ndarray]:
-    """`{"images": float32 (rows, size, size, channels), "labels": int32 (rows,)}`; every image once per epoch."""
+    """`{"images": float32 (rows, size, size, channels), "labels": int32 (rows,)}`; every image once per epoch.
+
+    shift, rotation: pixels, before images are enlarged, and degrees of `moved`.
+    """
     index = shuffled_indices(len(data.train_labels), seed, step, batch, rows)
+    images = moved(data.train_images[index], draws(seed, step, batch, rows), shift, rotation)
     return {
-        "images": enlarged(data.train_images[index], size, channels),
+        "images": enlarged(images, size, channels),
         "labels": data.train_labels[index].astype(np.int32),
     }
 

@@ -27,10 +27,17 @@ from structmat.training.tasks import TASKS
 DTYPES = ("float32", "bfloat16")
 FREE = ("mesh", "accumulate", "checkpoint", "log_every", "max_skips", "profile")
 """Fields a resumed run may change; all others decide what is learned."""
+LATER = {"shift": 0, "rotation": 0.0}
+"""Fields of `data` that came after runs were stored by their content, with the value at which a run is as it was before."""
 
 
 def default(task: str = "lm", model: str | None = None) -> ConfigDict:
-    """The config of a task with every field at its default; `model` is one of the task's MODELS, default its first."""
+    """The config of a task with every field at its default; `model` is one of the task's MODELS, default its first.
+
+    >>> config = default("digits")
+    >>> config.model.name, config.structure
+    ('mlp', 'dense()')
+    """
     return ConfigDict(
         dict(
             task=task,  # what to learn: see structmat.training.tasks
@@ -94,6 +101,13 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
 
     Raises:
       ConfigError: the first invalid field, with value, rule and a valid choice.
+
+    >>> config = default("digits")
+    >>> config.optim.warmup = 600
+    >>> validate(config, devices=1)
+    Traceback (most recent call last):
+        ...
+    structmat.training.errors.ConfigError: config.optim.warmup = 600.0: must be below steps=600; 0.05 is a twentieth of the run
     """
     name = config.get("task", None)
     if name not in TASKS:
@@ -112,7 +126,8 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
     except StructureError as error:
         raise ConfigError("structure", config.structure, str(error)) from None
     refuse_rule(config, rule_for(config, built.table))
-    for name in ("view", "penalty", "link"):
+    _check_teacher(config, built)
+    for name in ("view", "penalty", "link", "teacher"):
         hook(config, name, built.table)
     stages(config, built)
     return built
@@ -237,6 +252,18 @@ def _check_optim(config: ConfigDict) -> None:
         )
 
 
+def _check_teacher(config: ConfigDict, task: Task) -> None:
+    method = method_of(config)
+    if method is not None and method.has_teacher and not task.logits:
+        valid = [name for name, module in TASKS.items() if module.build(default(name)).logits]
+        raise ConfigError(
+            "method",
+            config.method,
+            f"compares the logits of two models, and those of task {config.task!r} put out none",
+            f"tasks {', '.join(valid)} have logits",
+        )
+
+
 def _check_mesh(config: ConfigDict, devices: int) -> None:
     try:
         replica, data, fsdp, _ = mesh_shape(config.mesh.to_dict(), devices)
@@ -249,8 +276,11 @@ def _check_mesh(config: ConfigDict, devices: int) -> None:
 
 
 def identity(config: ConfigDict, rule: Any = None) -> dict[str, Any]:
-    """What makes two runs the same run, as JSON: the config without FREE fields, the method spelt out, and the Rule."""
+    """What makes two runs the same run, as JSON: the config without FREE fields, LATER ones where they change nothing, the
+    method spelt out, and the Rule."""
     kept = {k: v for k, v in config.to_dict().items() if k not in FREE} | {"method": str(method_of(config) or "")}
+    if "data" in kept:
+        kept["data"] = {k: v for k, v in kept["data"].items() if k not in LATER or v != LATER[k]}
     return json.loads(json.dumps(kept | {"rule": repr(rule) if rule is not None else ""}))
 
 

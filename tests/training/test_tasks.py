@@ -82,7 +82,7 @@ def test_digits_padding_counts_for_nothing():
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), zeros(task))
     score = jax.jit(lambda batch: digits.loss(task.model, variables, batch, None, False)[1])
-    parts = [score(b) for b in digits._heldout(128, None)]
+    parts = [score(b) for b in task.load().heldout()]
     expected = score(whole)
     assert sum(float(p["count"]) for p in parts) == len(whole["labels"]) != 128 * len(parts)
     for name, value in mean_metrics(parts).items():

@@ -1,8 +1,9 @@
-"""What tasks of labelled images share: the loss, and held-out batches filled up to one shape."""
+"""What tasks of labelled images share: the loss, random moves, and held-out batches filled up to one shape."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,10 +12,31 @@ import numpy as np
 import optax
 
 from structmat.training.applied import applied, with_auxiliary
+from structmat.training.errors import ConfigError
 from structmat.training.task import Batch, Variables
 
 PADDING = -1
 """Label of rows that only fill up a batch."""
+MOVES = dict(
+    shift=0,  # pixels: images, held-out ones too, are shifted by up to these at random along both axes
+    rotation=0.0,  # degrees: and turned by up to these, either way
+)
+"""Fields of `config.data`."""
+
+
+def check_moves(data: Any) -> None:
+    """Refuse moves that are none."""
+    if data.shift < 0:
+        raise ConfigError("data.shift", data.shift, "must be at least 0", "0 leaves images where they are")
+    if not 0 <= data.rotation <= 180:
+        raise ConfigError("data.rotation", data.rotation, "must be in [0, 180] degrees", "0 leaves images as they are")
+
+
+def moves_said(data: Any) -> str:
+    """For people; '' where nothing moves."""
+    said = [f"shifted by up to {data.shift} pixels"] * bool(data.shift)
+    said += [f"turned by up to {data.rotation:g} degrees"] * bool(data.rotation)
+    return "".join(f", {part}" for part in said)
 
 
 def loss(

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from structmat.data import images as data_images
+from structmat.data.moved import HELDOUT, draws, moved
 from structmat.training.task import Source, Task
-from structmat.training.tasks.classification import heldout, loss, majority
+from structmat.training.tasks.classification import MOVES, check_moves, heldout, loss, majority, moves_said
 from structmat.training.tasks.image_models import MODELS
 
 
@@ -19,12 +20,14 @@ def defaults(model: str = "vit") -> dict[str, Any]:
         model=dict(name=model, **MODELS[model].fields),
         data=dict(
             root="",  # '' is scikit-learn's digits; else a folder of train_images.npy, train_labels.npy and test_...
+            **MOVES,
         ),
     )
 
 
 def check(config: Any) -> None:
     """Refuse sizes no model of this task can have."""
+    check_moves(config.data)
     MODELS[config.model.name].check(config)
 
 
@@ -46,6 +49,7 @@ def build(config: Any) -> Task:
         other_flops=choice.other_flops(config),
         load=lambda: load(config),
         rows=lambda path: config.batch * rows(path),
+        logits=True,
     )
 
 
@@ -55,16 +59,17 @@ def load(config: Any) -> Source:
     Raises:
       DataError: missing or malformed files, or images or labels the model does not fit.
     """
-    m = config.model
+    m, moves = config.model, {name: config.data[name] for name in MOVES}
     data = data_images.load(config.data.root)
     data_images.check_fit(data, m.size, m.channels, m.classes)
-    test = lambda part: data_images.enlarged(data.test_images[part], m.size, m.channels)
+    where = draws(HELDOUT, 0, len(data.test_labels))
+    test = lambda part: data_images.enlarged(moved(data.test_images[part], where[part], **moves), m.size, m.channels)
     return Source(
         batch=lambda step, rows=None: data_images.image_batch(
-            data, config.seed, step, config.batch, m.size, m.channels, rows
+            data, config.seed, step, config.batch, m.size, m.channels, rows, **moves
         ),
         heldout=lambda: heldout(test, data.test_labels, config.batch, config.eval.batches or None),
         sha256=data.sha256,
-        description=data.description,
+        description=data.description + moves_said(config.data),
         reference=majority(data.test_labels),
     )
