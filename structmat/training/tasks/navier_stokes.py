@@ -15,7 +15,7 @@ from structmat.analysis.fields import relative_h1, relative_l2
 from structmat.data.batches import shuffled_indices
 from structmat.data.corpus import content_hash
 from structmat.data.errors import DataError
-from structmat.data.pde import NavierStokes, navier_stokes_set
+from structmat.data.pde import FieldSet, NavierStokes, navier_stokes_set
 from structmat.data.pde.steps import steps_between
 from structmat.structures.errors import suggest
 from structmat.structures.fft import by_rows
@@ -136,11 +136,10 @@ def load(config: Any) -> Source:
     Raises:
       DataError: a damaged file, or solutions that are not finite, as dt is too large for the flow.
     """
-    d, finest = config.data, _finest(config.data)
-    options = dict(solve_resolution=d.solve_resolution or None, folder=d.folder or None)
-    solved = navier_stokes_set(d.seed, d.test + d.train, finest, d.viscosity, d.time, d.dt, **options)
+    d = config.data
+    solved = solutions(d)
     own = solved.at(d.resolution)
-    scale = [1 / np.sqrt(np.mean(a[d.test :] ** 2, dtype=np.float64)) for a in (own.inputs, own.outputs)]
+    scale = scales(own, d.test)
     x, y = _scaled(own.inputs, own.outputs, scale)
     digest = content_hash(x[d.test :], y[d.test :], x[: d.test], y[: d.test])
     test = {"x": x[: d.test], "y": y[: d.test]}
@@ -160,6 +159,21 @@ def load(config: Any) -> Source:
         description=f"{own.description}, {d.test} held out",
         reference={"mean_field": error(y.mean(0)), "zero": 1.0},
     )
+
+
+def solutions(d: Any) -> FieldSet:
+    """All samples of `config.data`, held-out ones first, on the finest grid that is kept."""
+    options = dict(solve_resolution=d.solve_resolution or None, folder=d.folder or None)
+    return navier_stokes_set(d.seed, d.test + d.train, _finest(d), d.viscosity, d.time, d.dt, **options)
+
+
+def scales(own: FieldSet, test: int) -> list[np.float64]:
+    """What inputs and outputs are multiplied by for the model: see `load`.
+
+    Args:
+      own: on the grid that is trained on. test: samples at its start that are held out.
+    """
+    return [1 / np.sqrt(np.mean(a[test:] ** 2, dtype=np.float64)) for a in (own.inputs, own.outputs)]
 
 
 def _finest(d: Any) -> int:
