@@ -99,7 +99,8 @@ def conditions(results: Results) -> str:
         f"Scale {plan.scale}: {row.config.steps} steps of {row.config.batch} examples; {'; '.join(data)}. Mean ± standard "
         f"deviation over seeds 0 to {plan.base.seeds - 1}. Rate: multiple of {row.config.optim.lr:g} best of "
         f"{', '.join(f'{r:g}' for r in plan.base.rates)} in a run of a third of the steps with another seed, per family; ! is at "
-        f"the end of what was tried. Step: its time over dense's, {_timed(results)}. Memory: of the compiled step, state and temporaries. "
+        f"the end of what was tried. Step: its time over dense's, {_timed(results)}. Parameters, "
+        "bits and FLOPs: of the model that is evaluated. Memory: of the compiled step, state and temporaries. "
         f"{'; '.join(machines)}, jax {', '.join(versions)}, {dates[0][:10]} to {dates[-1][:10]}, {len(records)} runs, the "
         f"longest {slowest:.0f} s. `python -m experiments.tables run {plan.table.name} --scale={plan.scale}`"
     )

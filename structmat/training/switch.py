@@ -9,7 +9,8 @@ from typing import Any
 from structmat.structures import Rules, StructureError
 from structmat.surgery import reassign
 from structmat.training.errors import ConfigError
-from structmat.training.task import Task
+from structmat.training.methods import hook, method_of
+from structmat.training.task import Task, Teacher
 
 _STAGE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+|end)\s*:(.*)", re.DOTALL)
 
@@ -73,13 +74,38 @@ def switched(task: Task, switch: Switch) -> Task:
     return after
 
 
+def passed(config: Any, task: Task, switch: Switch) -> Task:
+    """`switched`, as a run goes on with it: under a method with a teacher that is the model before the first switch, until the
+    end of the run.
+
+    Raises:
+      StructureError: as `switched`. ConfigError: the method does not fit the model.
+    """
+    lesson = hook(config, "teacher", task.table) if switch.step < config.steps else None
+    if lesson is None:
+        return switched(dataclasses.replace(task, teacher=None) if task.teacher else task, switch)
+    return switched(dataclasses.replace(task, teacher=task.teacher or Teacher(task.model, lesson)), switch)
+
+
 def refuse_rule(config: Any, rule: Any) -> None:
     """Refuse a Rule or method in a run with a switch before its end: their state has the shapes that the switch changes.
+    Refuse a method with a teacher in a run without one, in which it would never act.
 
     Raises:
       ConfigError: names both.
     """
-    if (config.method or rule is not None) and any(switch.step < config.steps for switch in switches(config)):
+    method, midway = method_of(config), any(switch.step < config.steps for switch in switches(config))
+    if method is not None and method.has_teacher:
+        if not midway:
+            raise ConfigError(
+                "method",
+                config.method,
+                "learns from the model as it was before a switch in the middle of the run, and "
+                f"config.switch = {config.switch!r} has none",
+                "config.switch = '0.7: layers_.*/mlp/.* -> kronecker(terms=8)' has one",
+            )
+        return
+    if (method is not None or rule is not None) and midway:
         shown = config.method or repr(rule)
         raise _wrong(
             config,
@@ -92,25 +118,24 @@ def stages(config: Any, task: Task) -> list[tuple[int, Task]]:
     """(steps before it, task) of every stage of a run, `task` being that of the first.
 
     Raises:
-      ConfigError: as `switches` and `switched`.
+      ConfigError: as `switches` and `passed`.
     """
     found = [(0, task)]
     for switch in switches(config):
         try:
-            found.append((switch.step, switched(found[-1][1], switch)))
+            found.append((switch.step, passed(config, found[-1][1], switch)))
         except StructureError as error:
             raise _wrong(config, str(error)) from None
     return found
 
 
 def ended(config: Any, task: Task) -> Task:
-    """The task of what a run leaves behind: `task`, that of its first step, unless a switch at its end projects it.
+    """The task of what a run leaves behind: that of its last stage, `task` being that of its first step.
 
     Raises:
       ConfigError: as `switches` and `switched`.
     """
-    step, last = stages(config, task)[-1]
-    return last if step == config.steps else task
+    return stages(config, task)[-1][1]
 
 
 def _step(when: str, steps: int) -> float:

@@ -202,7 +202,7 @@ def test_every_table_is_valid_at_cpu_scale(name):
         validate(config)
 
 
-def test_arms_projected_at_the_end_are_sized_as_they_are_evaluated(monkeypatch):
+def test_arms_that_switch_are_sized_as_they_are_evaluated(monkeypatch):
     monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), TINY)
     end = Arm("cut", {"switch": "end: low_rank(rank=4)", "method": "trp(every=1)"})
     rows = dict(
@@ -211,7 +211,7 @@ def test_arms_projected_at_the_end_are_sized_as_they_are_evaluated(monkeypatch):
             dataclasses.replace(
                 TABLE,
                 name="cut",
-                arms=(end, Arm("whole", {"switch": "0.5: low_rank(rank=4)"})),
+                arms=(end, Arm("midway", {"switch": "0.5: low_rank(rank=8)"})),
                 reference="cut",
                 claims=(),
             ),
@@ -219,7 +219,8 @@ def test_arms_projected_at_the_end_are_sized_as_they_are_evaluated(monkeypatch):
         )
     )
     params = {name: cost_of(config).params for name, config in rows.items()}
-    assert params["cut"] == 4 * (64 + 32) + 4 * (32 + 32) + 2 * 32 + 330 < params["whole"] == params[DENSE]
+    assert params["cut"] == 4 * (64 + 32) + 4 * (32 + 32) + 2 * 32 + 330
+    assert params["midway"] == 8 * (64 + 32) + 8 * (32 + 32) + 2 * 32 + 330 < params[DENSE]
     assert params[SMALL] <= params["cut"] and 0.9 * params["cut"] < params[LOW_RANK] <= params["cut"]
 
 
