@@ -6,7 +6,7 @@
     python -m experiments.tables time NAME|all [--scale=cpu] [--budget=20m]      # steps of all arms in turn; on a quiet machine
     python -m experiments.tables show NAME [--scale=cpu]
     python -m experiments.tables check NAME|all --scale=paper [--budget=60m]     # compile for a pod; needs libtpu
-    python -m experiments.tables report
+    python -m experiments.tables report                                          # the page of all tables, and README's summary
 
 Runs are known by their content and shared between tables; a command that was stopped goes on where it was.
 """
@@ -29,12 +29,13 @@ from experiments.own_flags import OwnFlags
 from experiments.tables import check as checking
 from experiments.tables.plan import Run, plan
 from experiments.tables.registry import TABLES, table_of
-from experiments.tables.report import report
+from experiments.tables.report import report, with_results
 from experiments.tables.results import results_of
 from experiments.tables.runner import execute, missing, run_table
 from experiments.tables.schema import SCALES, Table, TableError
 from experiments.tables.show import caption, grid, verdicts
 from experiments.tables.store import Store
+from experiments.tables.summary import within
 from experiments.tables.timing import place_of, time_table
 from structmat.structures.errors import suggest
 from structmat.training.record import Record, RecordError
@@ -46,7 +47,8 @@ SCALE = flags.DEFINE_enum("scale", "cpu", SCALES, "which size of task")
 BUDGET = flags.DEFINE_string("budget", "", "time to stop after, such as 45s, 60m or 3h; '' is none")
 SWEEP = flags.DEFINE_enum("sweep", None, SWEEPS, "print the missing runs, or one command for each, and run none")
 ONLY = flags.DEFINE_string("only", "", "the one run to train, by the key --sweep prints")
-OUT = flags.DEFINE_string("out", "results/tables", "folder of results and report")
+RESULTS, README = Path("results/tables"), Path("README.md")
+OUT = flags.DEFINE_string("out", str(RESULTS), "folder of results and report")
 RUNS = flags.DEFINE_string("runs", "runs/tables", "folder of runs under way")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -140,6 +142,14 @@ def check_all(tables: Sequence[Table], console: Console) -> None:
         sys.exit("some arms do not fit")
 
 
+def write_report(folder: Path) -> None:
+    """The page of all tables; of the committed results also their summary in README."""
+    print(f"written: {report(list(TABLES.values()), folder)}")
+    if folder == RESULTS and README.exists():
+        README.write_text(within(README.read_text(), with_results(list(TABLES.values()), folder)))
+        print(f"written: {README}")
+
+
 def show(table: Table, console: Console) -> None:
     """Print a table."""
     store = Store(Path(OUT.value), SCALE.value)
@@ -160,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
         if command == "list":
             show_list(Path(OUT.value), console)
         elif command == "report":
-            print(f"written: {report(list(TABLES.values()), Path(OUT.value))}")
+            write_report(Path(OUT.value))
         elif command == "check":
             check_all(_at_scale(names), console)
         elif command == "time":

@@ -20,8 +20,7 @@ from experiments.tables.store import Store
 
 def report(tables: Sequence[Table], folder: Path) -> Path:
     """Write `folder`/report.md with a picture beside it for every table and scale that has a result."""
-    found = [results for table in tables for scale in table.bases if (results := _with_results(table, scale, folder))]
-    found.sort(key=lambda r: SCALES.index(r.plan.scale))
+    found = with_results(tables, folder)
     path = folder / "report.md"
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -50,6 +49,12 @@ def report(tables: Sequence[Table], folder: Path) -> Path:
             if table.extra:
                 say("\n" + table.extra(results))
     return path
+
+
+def with_results(tables: Sequence[Table], folder: Path) -> list[Results]:
+    """Every table and scale that has a result, by scale."""
+    found = [results for table in tables for scale in table.bases if (results := _with_results(table, scale, folder))]
+    return sorted(found, key=lambda r: SCALES.index(r.plan.scale))
 
 
 def _with_results(table: Table, scale: str, folder: Path) -> Results | None:

@@ -1,6 +1,5 @@
 """SET and RigL within the training step of real models."""
 
-import statistics
 
 import jax
 import jax.numpy as jnp
@@ -136,14 +135,10 @@ def accuracy(method, seed, folder):
 
 
 @pytest.mark.long
-def test_rigl_beats_set_beats_a_fixed_support(tmp_path):
-    """A perceptron on the digits that keeps 4 % of its weights, means of three seeds."""
-    found = {
-        method: statistics.mean(accuracy(method, seed, tmp_path) for seed in range(3))
-        for method in ("", "set(every=25)", "rigl(every=25)")
-    }
-    static, random, rigl = found.values()
-    assert static + 0.05 < random and random + 0.01 < rigl and rigl > 0.8, found
+def test_rigl_beats_a_fixed_support(tmp_path):
+    """A perceptron on the digits that keeps 4 % of its weights. More seeds and SET are in the table rigl."""
+    static, rigl = (accuracy(method, 0, tmp_path) for method in ("", "rigl(every=25)"))
+    assert static + 0.05 < rigl and rigl > 0.8, (static, rigl)
 
 
 @pytest.mark.long

@@ -3,24 +3,18 @@
 import io
 import itertools
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
 from structmat.nn import site_params
-from structmat.parallel import make_mesh, on_mesh
 from structmat.training import dry_run, loop
-from structmat.training.build import optimizer_for
 from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import default, identity, validate
 from structmat.training.errors import ConfigError
 from structmat.training.load import load_run
 from structmat.training.metrics import read_metrics
-from structmat.training.state import create_state, plan_state
-from structmat.training.step import make_step
 from structmat.training.switch import stages, switches
-from structmat.training.switching import switch_state
 from tests.training.small_runs import small_digits, small_lm, write_corpus
 from tests.training.test_loop import Killed, array_sums, compile_fast, kill_at  # noqa: F401
 from tests.training.test_step import Ball
@@ -234,39 +228,3 @@ def test_scanned_layers_on_a_mesh_switch_in_part_and_resume(tmp_path):
     assert row["worst_error"] == max(errors.values()) == max(errors[f"layers_0/attn/{name}"] for name in "kvo") > 0.1
     losses = [row["loss"] for row in read_metrics(whole) if "loss" in row]
     assert len(losses) == 12 and losses[-1] < losses[0]
-
-
-def last_losses(config):
-    """Mean loss over the last 50 steps of a run on one device."""
-    parts, found = stages(config, validate(config, devices=1)), []
-    ends = [begun for begun, _ in parts[1:]] + [config.steps]
-    source, mesh, state, before = parts[0][1].load(), make_mesh({"data": 1}, jax.devices()[:1]), None, None
-    with on_mesh(mesh):
-        for (begun, task), end in zip(parts, ends):
-            tx, schedule = optimizer_for(config, task)
-            template = plan_state(task, tx, None, mesh)
-            if before is None:
-                state = create_state(task, tx, None, template, config.seed)
-            else:
-                state, _ = switch_state(config, before, task, template, state, source.batch(begun, None))
-            step, before = jax.jit(make_step(task, tx, None, schedule, config.seed), donate_argnums=0), task
-            for i in range(begun, end):
-                state, metrics = step(state, source.batch(i, None))
-                found.append(metrics["loss"])
-    return float(np.mean(found[-50:]))
-
-
-@pytest.mark.long
-def test_a_run_that_ends_dense_beats_monarch_and_one_that_began_dense_does_too():
-    """S2D and D2S halfway through, at a constant rate: on one that has decayed to nothing, what is new cannot learn."""
-    monarch, loss = "fit(monarch(order='blocked'), params=0.3)", {}
-    for structure, switch in ((monarch, ""), (monarch, "0.5: dense()"), ("dense()", f"0.5: {monarch}")):
-        config = default("lm")
-        config.update(steps=400, structure=structure, switch=switch)
-        config.model.update(layers=1, width=64)
-        config.mup.base_width = 64
-        config.mesh.data = 1
-        config.optim.schedule = "constant"
-        loss[structure == monarch, bool(switch)] = last_losses(config)
-    alone, ends_dense, began_dense = loss[True, False], loss[True, True], loss[False, True]
-    assert ends_dense < alone - 0.02 and began_dense < alone - 0.005, loss

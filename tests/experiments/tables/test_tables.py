@@ -15,6 +15,7 @@ from experiments.tables.runner import missing, run_table
 from experiments.tables.schema import DENSE, LOW_RANK, SMALL, Arm, Claim, Table, TableError
 from experiments.tables.show import conditions, verdicts
 from experiments.tables.store import Store
+from experiments.tables.summary import BEGIN, END, within
 from structmat.training.config import default, validate
 from structmat.training.errors import Interrupted, RunError
 from structmat.training.record import Record
@@ -289,3 +290,19 @@ def test_data_made_from_the_config_is_not_made_to_name_a_run(monkeypatch):
     made = validate(config).generated
     assert planning.data_hash(config) == made and "navier_stokes" in made
     assert planning.data_hash(small()) == validate(small()).load().sha256
+
+
+def test_the_summary_has_a_line_per_table_and_replaces_the_old_one(trained, tmp_path):
+    store = Store(tmp_path, "cpu")
+    run_table(TABLE, "cpu", store, tmp_path / "runs", 60)
+    found = report.with_results([TABLE], tmp_path)
+    page = within(f"a\n{BEGIN}\nstale\n{END}\nb", found)
+    assert page.startswith(f"a\n{BEGIN}\n| table ") and page.endswith(f"|\n{END}\nb") and "stale" not in page
+    (line,) = [line for line in page.splitlines() if "[tiny]" in line]
+    assert (
+        "#tiny-cpu-a-tiny-table)" in line
+        and "| loss, less is better | monarch | 1.101 | 1.101 | 1.101 | 1.601 | 2, 0, 0 |" in line
+    )
+    assert within(page, found) == page
+    with pytest.raises(ValueError, match="has no <!-- tables: begin -->"):
+        within("nothing", found)
