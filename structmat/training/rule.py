@@ -55,7 +55,8 @@ def dense_gradients(
       masked: paths of masked dense weights within sites.
 
     Returns:
-      array path -> (d_in, d_out) f32, with a leading axis over the layers of a scanned group; so for `masked`.
+      array path -> (d_in, d_out) f32, with a leading axis over the layers of a scanned group; so for `masked`. Of a complex
+      matrix complex64, d/dRe + i d/dIm: what the step descends against.
     """
     probe: dict[str, Any] = {}
     for place, (_, site) in leaf_groups(sites).items():
@@ -63,7 +64,8 @@ def dense_gradients(
         node = probe
         for part in place:
             node = node.setdefault(part, {})
-        node["weight"] = jnp.zeros((*stack, site.bound.d_in, site.bound.d_out), jnp.float32)
+        dtype = jnp.complex64 if site.bound.is_complex else jnp.float32
+        node["weight"] = jnp.zeros((*stack, site.bound.d_in, site.bound.d_out), dtype)
     places = {path: tuple(path.split("/")) for path in masked}
     params, frozen, kernels = variables["params"], variables.get("frozen", {}), {}
     for path, place in places.items():
@@ -82,7 +84,7 @@ def dense_gradients(
         node = grads
         for part in place:
             node = node[part]
-        out["/".join(place)] = node["weight"]
+        out["/".join(place)] = jnp.conj(node["weight"])  # of a real one itself
     return out
 
 

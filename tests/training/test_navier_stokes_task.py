@@ -22,6 +22,7 @@ from structmat.training.rule import dense_gradients
 from structmat.training.state import create_state, plan_state
 from structmat.training.step import gradients, make_step
 from structmat.training.tasks import navier_stokes
+from tests.marks import mostly_long
 from tests.training.test_loop import Killed, array_sums, compile_fast, kill_at  # noqa: F401
 
 TUCKER = ".*/spectral -> fit(tucker(), params=0.1)"
@@ -303,10 +304,13 @@ def steps_on(config, **mesh):
         return found, evaluate(make_eval_step(task, grid), state, source, grid)
 
 
-@pytest.mark.parametrize("structure", ["dense()", pytest.param(TUCKER, marks=pytest.mark.long)])
-def test_gradients_by_the_matrices_are_those_of_the_step(structure, folder):
+@pytest.mark.parametrize(
+    ("model", "structure"),
+    mostly_long([("fno", "dense()"), ("fno", TUCKER), ("monarch_operator", "dense()")], [("fno", "dense()")]),
+)
+def test_gradients_by_the_matrices_are_those_of_the_step(model, structure, folder):
     """Of a dense complex weight its own; of its factors what the chain rule makes of them."""
-    task = validate(small(folder, "fno" if structure == TUCKER else "monarch_operator", structure=structure))
+    task = validate(small(folder, model, structure=structure))
     variables, batch = drawn(task), task.load().batch(0, None)
     table = {path: site for path, site in task.table.items() if "spectral" in path}
     value = lambda v: task.loss(task.model, v, batch, None, False)[0]

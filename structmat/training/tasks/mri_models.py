@@ -59,7 +59,7 @@ def msense_example(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 def msense_image(model: MSense, variables: Variables, batch: Batch, rng: jax.Array | None, train: bool) -> Image:
     """Its output; its transforms have no auxiliary terms."""
-    return model.apply(variables, *measured(batch)), None
+    return model.apply(variables, *measured(batch)), {}
 
 
 def build(config: Any) -> UNet:
