@@ -4,7 +4,7 @@ VENV ?= $(if $(filter python3,$(notdir $(PYTHON))),.venv,.venv-$(notdir $(PYTHON
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: setup demo test test-long bench lint clean
+.PHONY: setup demo test test-long bench docs lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.core: setup.py
@@ -17,8 +17,12 @@ $(VENV)/.test: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-$(VENV)/.tpu: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,tpu]'
+$(VENV)/.docs: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.long: $(VENV)/.test $(VENV)/.docs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,tpu,docs,reference]'
 	@touch $@
 
 setup: $(VENV)/.core
@@ -30,9 +34,12 @@ test: $(VENV)/.test  ## the default suite, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test test-long: export JAX_PLATFORMS = cpu
-test-long: $(VENV)/.tpu  ## ahead-of-time TPU compiles, several processes, end-to-end runs
+test-long: $(VENV)/.long  ## ahead-of-time TPU compiles, several processes, end-to-end runs, notebooks, the documentation
 	$(BIN)/python -m pytest -n 2 -m 'tpu_aot or long' $(PYTEST_ARGS)
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -n 1 -m 'multiprocess or notebooks or torture or optimised' $(PYTEST_ARGS)
+
+docs: $(VENV)/.docs  ## the documentation site, into site/
+	$(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.core
 	$(BIN)/python -m experiments.bench --suite=cpu

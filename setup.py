@@ -34,7 +34,14 @@ TEST = [
     "ruff>=0.6",
     "safetensors>=0.5",
     "tokenizers>=0.20",
+    "pyyaml>=6",
+    "jupytext>=1.16",
+    "nbclient>=0.10",
+    "ipykernel>=6",
 ]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1"]
+# torch with CUDA is several gigabytes: this version is installed from the wheel for CPUs where one is at hand
+REFERENCE = ["torch==2.13.0", "transformers>=5"]
 
 setup(
     name="structmat",
@@ -54,5 +61,7 @@ setup(
         "profile": ["xprof"],
         "safetensors": ["safetensors>=0.5"],
         "text": ["tokenizers>=0.20"],
+        "docs": DOCS,
+        "reference": REFERENCE,
     },
 )

@@ -1,0 +1,1 @@
+"""Commands that run from a clone: training, comparison, tables of papers, benchmarks, launchers."""

@@ -80,6 +80,7 @@ def timed(act: Callable[[], Any], repeats: int) -> tuple[Any, float]:
 
 
 def relative(w: np.ndarray, found: Any) -> float:
+    """|w - found| / |w| in Frobenius norm."""
     return float(np.linalg.norm(w - np.asarray(found)) / np.linalg.norm(w))
 
 

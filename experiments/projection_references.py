@@ -54,6 +54,7 @@ def truncated(w: np.ndarray, rank: int) -> np.ndarray:
 
 
 def low_rank(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """Eckart and Young."""
     return truncated(w, bound.structure.rank)
 
 
@@ -117,6 +118,7 @@ def unpaired(t: np.ndarray, modes: tuple[tuple[int, int], ...], shape: tuple[int
 
 
 def tensor_train(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """TT-SVD."""
     modes = bound.format.modes
     cores = decomposition.tensor_train(paired(w, modes), (1, *bound.format.ranks, 1))
     return unpaired(tensorly.tt_to_tensor(cores), modes, w.shape)
@@ -133,15 +135,18 @@ def tensor_ring(w: np.ndarray, bound: Bound) -> np.ndarray:
 
 
 def tucker(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """Higher-order orthogonal iteration."""
     t = w.reshape(bound.format.axes)
     return decomposition_tucker(t, bound.format.ranks).reshape(w.shape)
 
 
 def decomposition_tucker(t: np.ndarray, ranks: tuple[int, ...]) -> np.ndarray:
+    """The nearest tensor of these ranks that the iteration finds from the HOSVD."""
     return tensorly.tucker_to_tensor(decomposition.tucker(t, ranks, n_iter_max=ITERATIONS, init="svd", tol=1e-12))
 
 
 def cp(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """Alternating least squares, from the SVD where it has as many vectors as terms."""
     t = w.reshape(bound.format.axes)
     init = "svd" if bound.format.rank <= min(t.shape) else "random"
     factors = decomposition.parafac(t, bound.format.rank, n_iter_max=ITERATIONS, init=init, tol=1e-12, random_state=0)
@@ -157,12 +162,14 @@ def nearest(w: np.ndarray, found: list[np.ndarray]) -> np.ndarray:
 
 
 def toeplitz(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """The mean of each diagonal."""
     n, m = w.shape
     column = [np.mean(np.diagonal(w, -k)) for k in range(n)]
     return scipy.linalg.toeplitz(column, [np.mean(np.diagonal(w, k)) for k in range(m)])
 
 
 def circulant(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """The mean of each wrapped diagonal."""
     rows = np.arange(len(w))
     return scipy.linalg.circulant([np.mean(w[rows, (rows + k) % len(w)]) for k in rows]).T
 
@@ -177,10 +184,12 @@ def block_circulant(w: np.ndarray, bound: Bound) -> np.ndarray:
 
 
 def diagonal(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """Its diagonal."""
     return np.diag(np.diag(w))
 
 
 def block_diagonal(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """Its diagonal blocks."""
     blocks = bound.structure.blocks
     return w * scipy.linalg.block_diag(*np.ones((blocks, w.shape[0] // blocks, w.shape[1] // blocks)))
 
@@ -194,16 +203,19 @@ def largest(w: np.ndarray, score: np.ndarray, count: int) -> np.ndarray:
 
 
 def per_column(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """The largest entries of every column."""
     return largest(w, np.abs(w), round(bound.structure.density * len(w)))
 
 
 def n_m(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """The n largest of every m entries of a column."""
     group = bound.structure.m
     parts = [largest(part, np.abs(part), bound.structure.n) for part in np.split(w, len(w) // group)]
     return np.concatenate(parts)
 
 
 def blocks(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """The blocks of largest norm in every block column."""
     p, s = np.broadcast_to(bound.structure.block, 2)
     tiles = w.reshape(len(w) // p, p, -1, s)
     norms = np.linalg.norm(tiles, axis=(1, 3))
@@ -212,11 +224,13 @@ def blocks(w: np.ndarray, bound: Bound) -> np.ndarray:
 
 
 def channels(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """The rows of largest norm."""
     norms = np.linalg.norm(w, axis=1, keepdims=True)
     return w * largest(np.ones(norms.shape), norms, round(bound.structure.density * len(w)))
 
 
 def permutation(w: np.ndarray, bound: Bound) -> np.ndarray:
+    """The assignment of largest sum."""
     rows, columns = scipy.optimize.linear_sum_assignment(w, maximize=True)
     found = np.zeros_like(w)
     found[rows, columns] = 1
@@ -260,6 +274,7 @@ def dictionary(w: np.ndarray, bound: Bound) -> np.ndarray:
 
 
 def unit(d: np.ndarray) -> np.ndarray:
+    """Columns of norm 1; zero ones stay."""
     return d / np.maximum(np.linalg.norm(d, axis=0), 1e-30)
 
 

@@ -42,10 +42,12 @@ def summary(rows: list[dict], style: box.Box) -> Table:
 
 
 def median(rows: list[dict], key: str) -> float:
+    """Of one column."""
     return statistics.median(r[key] for r in rows)
 
 
 def mark(ratio: float) -> str:
+    """The ratio as text, marked where the reference is nearer."""
     return f"{ratio:.6f}" + ("" if ratio <= 1 + TOLERANCE else " FAILS")
 
 

@@ -231,6 +231,7 @@ def compile_product(product: Product, chip: str, implementation: str, direction:
 
 
 def main(_: Sequence[str]) -> None:
+    """Estimate the product of the flags, or in a process of its own compile one program and print it."""
     if _COMPILE.value:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         fields, *rest = json.loads(_COMPILE.value)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import structures
+from experiments import structure_pictures, structures
 from structmat.structures import CONSTRUCTORS, FAMILIES, StructureError, parse
 from structmat.training.config import validate
 
@@ -71,6 +71,28 @@ def test_tables_of_structures_are_up_to_date():
     """`python -m experiments.structures --write` brings them so."""
     assert structures.PAGE.read_text() == structures.page()
     assert TEXT == structures.readme(TEXT)
+
+
+def test_every_structure_has_a_section_and_a_picture_of_the_member_named():
+    """`python -m experiments.structures --write` draws them."""
+    page, names = structures.PAGE.read_text(), structures.pictured()
+    assert set(FAMILIES) < set(names) and set(CONSTRUCTORS) | {"sum"} == set(names)
+    files = {path.stem: path for path in structures.PICTURES.glob("*.png")}
+    assert set(files) == set(names)
+    assert sum(path.stat().st_size for path in files.values()) < 1.5 * 2**20
+    for name, text in names.items():
+        drawn = str(parse(text).bind(structure_pictures.SIZE, structure_pictures.SIZE).structure)
+        assert structure_pictures.noted(files[name])["Title"] == drawn, name
+        heading = "a + b" if name == "sum" else name
+        section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        assert f"](images/structures/{name}.png)" in section and f"`{text}`" in section and "**" in section, name
+
+
+@pytest.mark.long
+def test_pictures_show_the_matrices_of_today():
+    for name, text in structures.pictured().items():
+        found = structure_pictures.noted(structures.PICTURES / f"{name}.png")
+        assert found == structure_pictures.note(text), name
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -27,6 +27,10 @@ def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, *, implementation: Implem
 
     Raises:
       KernelError: shapes that do not fit each other, or "pallas" where the kernel does not apply.
+
+    Examples:
+      >>> low_rank(jnp.ones((3, 64)), jnp.ones((4, 64)), jnp.ones((4, 32))).shape
+      (3, 32)
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0]:
         raise KernelError(f"{OP}: a must be (r, n) and b (r, m), got {a.shape} and {b.shape}")

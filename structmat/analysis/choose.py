@@ -82,6 +82,11 @@ def choose(
 
     One weight is in memory at a time: a callable is called once, and its array dropped before the next one is read.
 
+    Examples:
+      >>> found = choose({"w": jnp.kron(jnp.eye(4), jnp.ones((4, 4)))}, budget=0.25, structures=["block_diagonal()", "diagonal()"])
+      >>> found.best("w").candidate, round(found.best("w").error, 3)
+      ('block_diagonal()', 0.0)
+
     Args:
       dense_matrices: one array (d_in, d_out), or path -> array or callable returning one. Half precision is read as f32.
       budget: fraction of the dense matrix in (0, 1], or several of them for curves of error against budget.

@@ -27,6 +27,7 @@ class Annotated(nn.LogicallyPartitioned):
     """
 
     def unbox(self, apply_constraint: bool = True) -> Any:
+        """The array, without constraint."""
         return self.value
 
 

@@ -124,6 +124,14 @@ class StructuredDense(StructuredDenseGeneral):
     """As `flax.linen.Dense`, with a `structure`: x `(..., in)` -> `(..., features)`.
 
     Parameter names and call are Flax's; `init` of the structure takes the place of `kernel_init`.
+
+    Examples:
+      >>> layer, x = StructuredDense(32, structure="frozen(dense()) + low_rank(rank=4)"), jnp.ones((3, 64))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> layer.apply(variables, x).shape
+      (3, 32)
+      >>> {name: jax.tree.map(jnp.shape, nn.meta.unbox(variables[name])) for name in ("params", "frozen")}
+      {'params': {'1': {'a': (4, 64), 'b': (4, 32)}, 'bias': (32,)}, 'frozen': {'0': {'kernel': (64, 32)}}}
     """
 
 
@@ -146,6 +154,11 @@ class StructuredEmbed(nn.Module):
 
     At initialisation rows have RMS 1 for dense and factorised families and their sums; sparse and block-diagonal tables
     keep only their density of it, and transposed, product and `paper` ones their own size. `attend` is the tied head.
+
+    Examples:
+      >>> embed, ids = StructuredEmbed(256, 64, structure="kronecker(terms=2)"), jnp.arange(10)
+      >>> embed.apply(embed.init(jax.random.key(0), ids), ids).shape
+      (10, 64)
     """
 
     num_embeddings: int

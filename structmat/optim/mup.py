@@ -24,7 +24,14 @@ from structmat.structures.leaf import Leaves
 
 
 def leaf_multiplier(leaf: Leaf, kind: str, base_d_in: int) -> float:
-    """kappa of one leaf; 1 for learned scalars and norms. Embeddings read one-hot inputs: their input size is 1."""
+    """kappa of one leaf; 1 for learned scalars and norms. Embeddings read one-hot inputs: their input size is 1.
+
+    Examples:
+      >>> from structmat.structures import parse
+      >>> leaves = parse("low_rank(rank=8)").bind(512, 512).leaves()
+      >>> {name: leaf_multiplier(leaf, "linear", base_d_in=128) for name, leaf in leaves.items()}
+      {'a': 0.125, 'b': 8.0}
+    """
     if leaf.fixed_rate:
         return 1.0
     if kind == "embed":

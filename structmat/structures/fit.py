@@ -23,6 +23,13 @@ class Fit(Composite):
     Binding resolves it: the Bound's structure has the chosen arguments spelled out. In a sum, terms with all arguments
     given are paid first; the free terms then split the rest evenly in text order, a later one taking what an earlier
     one left.
+
+    Examples:
+      >>> from structmat.structures import parse
+      >>> parse("fit(low_rank(), params=0.25)").bind(1024, 1024).structure.short()
+      'low_rank(rank=128)'
+      >>> parse("fit(low_rank() + random_sparse(density=0.05), bits=0.25)").bind(1024, 1024).structure.short()
+      'low_rank(rank=77) + random_sparse(density=0.05)'
     """
 
     a: Structure

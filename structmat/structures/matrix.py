@@ -33,6 +33,14 @@ class Matrix:
     Attributes:
       bound: the structure with sizes.
       params: its parameters, a nested dict of arrays.
+
+    Examples:
+      >>> W = random("low_rank(rank=8)", 64, 32, jax.random.key(0))
+      >>> W
+      Matrix(low_rank(rank=8), shape=(64, 32), dtype=float32, params=37.5%, bits=37.5% of dense)
+      >>> x = jnp.ones((3, 64))
+      >>> (x @ W).shape, (W.T @ W).shape, (2.0 * W).structure.short()
+      ((3, 32), (32, 32), 'scaled(low_rank(rank=8), s=2.0)')
     """
 
     bound: Bound = dataclasses.field(metadata={"static": True})
@@ -171,6 +179,11 @@ def project(
 
     Compiled once per structure and shape. SVDs are exact unless `structmat.svd_method` says otherwise.
 
+    Examples:
+      >>> W = project(jnp.arange(64.0).reshape(8, 8), "toeplitz()")      # the mean of each diagonal
+      >>> W.params["t"][:4]
+      Array([56. , 52.5, 49. , 45.5], dtype=float32)
+
     Args:
       key, like, in_gram, out_gram: as in `Bound.project`.
       limit: bytes the program may use, arguments and results included; default what the device or host has free.
@@ -189,7 +202,12 @@ def project(
 def random(
     structure: str | Structure, in_shape: int, out_shape: int, key: jax.Array, dtype: Any = jnp.float32
 ) -> Matrix:
-    """A Matrix drawn from the structure's initialisation."""
+    """A Matrix drawn from the structure's initialisation.
+
+    Examples:
+      >>> random("diagonal()", 64, 64, jax.random.key(0)).cost.params
+      64
+    """
     bound = parse(structure).bind(in_shape, out_shape)
     return Matrix(bound, bound.init(key, dtype))
 

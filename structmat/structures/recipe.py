@@ -18,6 +18,7 @@ InitMode = Literal["spectral", "variance", "paper"]
 
 
 def as_shape(shape: int | Shape, what: str) -> Shape:
+    """A size as a tuple; raises StructureError, which names `what`, unless all are ints of at least 1."""
     out = (shape,) if isinstance(shape, int) else tuple(shape)
     if not out or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in out):
         raise StructureError(f"{what} must be a positive int or a tuple of them, got {shape!r}")

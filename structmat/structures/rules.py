@@ -21,6 +21,12 @@ class Rules:
 
     The first rule whose regex fully matches a site's slash path (layer index included, `layers_7/mlp/up`) wins;
     unmatched sites are dense.
+
+    Examples:
+      >>> rules = Rules.of("layers_0/.* -> low_rank(rank=8); .*/up -> monarch(blocks=4)")
+      >>> found = rules.resolve(dict.fromkeys(["layers_0/up", "layers_1/up", "layers_1/down"], "linear"))
+      >>> {path: structure.short() for path, structure in found.items()}
+      {'layers_0/up': 'low_rank(rank=8)', 'layers_1/up': 'monarch(blocks=4)', 'layers_1/down': 'dense()'}
     """
 
     rules: tuple[tuple[str | None, Structure], ...] = ()

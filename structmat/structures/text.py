@@ -17,6 +17,12 @@ OPERATORS = {ast.Add: Sum.of, ast.MatMult: Product, ast.Mult: Elementwise}
 def parse(text: str | Structure) -> Structure:
     """Build the structure a text names; a Structure is returned as it is.
 
+    Examples:
+      >>> parse("low_rank(8) + random_sparse(density=0.03)").short()
+      'low_rank(rank=8) + random_sparse(density=0.03)'
+      >>> parse("fit(monarch(), params=0.3)").bind(64, 64).structure.short()
+      'monarch(blocks=8)'
+
     Raises:
       StructureError: unknown name or argument (with a suggestion), wrong type, syntax error or trailing text; the
         message shows the text with the place marked.

@@ -79,6 +79,19 @@ def restructure(
 
     Raises:
       StructureError: other paths or sizes, a complex matrix for a real structure, or one that cannot be projected.
+
+    Examples:
+      >>> from structmat.models import MLP
+      >>> x, rules = jnp.ones((1, 16)), "layers_1 -> low_rank(rank=4)"
+      >>> old = MLP(depth=2, width=16)
+      >>> new = reassign(old, rules, x)
+      >>> variables = nn.meta.unbox(old.init(jax.random.key(0), x))
+      >>> template = nn.meta.unbox(jax.eval_shape(new.init, jax.random.key(0), x))
+      >>> found, changes = restructure(sites(old, x), sites(new, x), variables, template)
+      >>> {path: (change.params_before, change.params_after) for path, change in changes.items()}
+      {'layers_1': (256, 128)}
+      >>> new.apply(found, x).shape
+      (1, 10)
     """
     _check_tables(old, new)
     everywhere, held = _everywhere(template), by_layer(dict(template))
