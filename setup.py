@@ -35,10 +35,8 @@ TEST = [
     "safetensors>=0.5",
     "tokenizers>=0.20",
     "pyyaml>=6",
-    "jupytext>=1.16",
-    "nbclient>=0.10",
-    "ipykernel>=6",
 ]
+NOTEBOOKS = ["ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "pillow>=10"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1"]
 # torch with CUDA is several gigabytes: this version is installed from the wheel for CPUs where one is at hand
 REFERENCE = ["torch==2.13.0", "transformers>=5"]
@@ -54,7 +52,8 @@ setup(
     packages=find_packages(include=["structmat", "structmat.*", "pallas_kernels", "pallas_kernels.*"]),
     install_requires=CORE,
     extras_require={
-        "test": TEST,
+        "test": TEST + NOTEBOOKS,
+        "notebooks": NOTEBOOKS,
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
         "wandb": ["wandb"],

@@ -7,7 +7,7 @@ member it shows and a figure of its matrix, so that a test can tell when one is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,22 @@ def draw(text: str, path: Path) -> Path:
         right.text(0.5, 0.5, "no parameters", ha="center", va="center", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, metadata={"Software": None, **note(text)})
+    _shrink(path)
+    return path
+
+
+def gallery(texts: Sequence[str], path: Path, columns: int = 7) -> Path:
+    """Draw the matrices of many structures into one PNG file, each over its text."""
+    figure = Figure(figsize=(1.6 * columns, 1.75 * -(-len(texts) // columns)), layout="constrained")
+    figure.set_facecolor("white")
+    panels = figure.subplots(-(-len(texts) // columns), columns, squeeze=False).ravel()
+    for panel, text in zip(panels, texts):
+        bound, params = member(text)
+        _show(panel, sheet(bound.materialize(params)), text, "RdBu_r")
+        panel.title.set_fontsize(7)
+    for panel in panels[len(texts) :]:
+        panel.axis("off")
+    figure.savefig(path, dpi=DPI, metadata={"Software": None, "Title": ", ".join(texts), "Comment": "real parts"})
     _shrink(path)
     return path
 

@@ -19,6 +19,7 @@ ALLOWED = {
     },
     **{m: {"structures", "nn"} for m in ("optim", "sparse", "adapters", "compress", "parallel", "surgery")},
     "training": {"structures", "nn", "models", "training"} | MIDDLE,
+    "exchange": {"structures", "nn", "models", "training"} | MIDDLE,
 }
 
 

@@ -53,7 +53,7 @@ def apply_layers(
             continue
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, "frozen": 0, "cache": 0, "probe": 0, "auxiliary": 0},
+            variable_axes={"params": 0, "frozen": 0, "cache": 0, "probe": 0, "auxiliary": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=stop - start,

@@ -97,6 +97,13 @@ def sites(model: nn.Module, *example: Any) -> dict[str, Site]:
     Args:
       model: a Linen module built from structmat.nn.
       example: arrays or ShapeDtypeStructs of one call's positional arguments.
+
+    Examples:
+      >>> from structmat.nn import StructuredDense
+      >>> model = nn.Sequential([StructuredDense(32, structure="low_rank(rank=4)"), nn.relu, StructuredDense(10)])
+      >>> found = sites(model, jax.ShapeDtypeStruct((3, 64), "float32"))
+      >>> {path: site.bound for path, site in found.items()}
+      {'layers_0': low_rank(rank=4): (64,) -> (32,), 'layers_2': dense(): (32,) -> (10,)}
     """
     with _listening() as found:
         jax.eval_shape(lambda *args: model.init(jax.random.key(0), *args), *example)

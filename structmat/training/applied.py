@@ -1,34 +1,95 @@
-"""A model applied in training or evaluation, with what its structures add to the loss."""
+"""A model applied in training or evaluation, with what is added to the loss of its task."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from structmat.nn import AUXILIARY
-from structmat.training.task import Variables
+from structmat.nn.method import Outputs
+from structmat.nn.sites import layer_paths
+from structmat.training.task import TEACHER, Teacher, Variables
+
+CAPTURED = "intermediates"
+"""Flax's collection of what modules put out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught:
+    """A model with its teacher, in the place of the model where a loss is to have the teacher's terms; its variables have
+    those of the teacher as the collection TEACHER."""
+
+    model: nn.Module
+    teacher: Teacher
 
 
 def applied(
-    model: nn.Module, variables: Variables, inputs: jax.Array, rng: jax.Array | None, train: bool
-) -> tuple[Any, jax.Array | None]:
-    """(output, the sum of the auxiliary terms of its structures), the latter None in evaluation and where there are none.
+    model: nn.Module | Taught, variables: Variables, inputs: jax.Array, rng: jax.Array | None, train: bool
+) -> tuple[Any, dict[str, jax.Array]]:
+    """(output, name -> what is added to the loss): in training `auxiliary`, the sum of the terms of the model's structures
+    where there are any, and the terms of its teacher's lesson.
 
     Args:
-      rng: of dropout; None where `train` is False.
+      rng: of dropout, which a teacher has none of; None where `train` is False.
     """
     if not train:
-        return model.apply(variables, inputs, False), None
-    out, sown = model.apply(variables, inputs, True, rngs={"dropout": rng}, mutable=[AUXILIARY])
-    terms = jax.tree.leaves(sown)
-    return out, sum(jnp.sum(term) for term in terms) if terms else None
+        return model.apply(variables, inputs, False), {}
+    if not isinstance(model, Taught):
+        out, sown = model.apply(variables, inputs, True, rngs={"dropout": rng}, mutable=[AUXILIARY])
+        return out, _auxiliary(sown)
+    lesson = model.teacher.lesson
+    own = {name: held for name, held in variables.items() if name != TEACHER}
+    found, sown = with_outputs(
+        model.model, own, lesson.modules, inputs, True, rngs={"dropout": rng}, mutable=[AUXILIARY]
+    )
+    taught, _ = with_outputs(model.teacher.model, variables[TEACHER], lesson.modules, inputs, False)
+    return found[0], _auxiliary(sown) | lesson.terms(found, taught)
+
+
+def with_outputs(
+    model: nn.Module,
+    variables: Variables,
+    modules: Collection[str],
+    *args: Any,
+    mutable: Collection[str] = (),
+    **rest: Any,
+) -> tuple[Outputs, Mapping[str, Any]]:
+    """`model.apply` with the outputs of some modules, of scanned layers too.
+
+    Args:
+      modules: layer paths, such as `layers_0/mlp`.
+
+    Returns:
+      (output, layer path -> output of the module), and the collections `mutable`.
+    """
+    heard = lambda module, method: (
+        method == "__call__" and not set(modules).isdisjoint(layer_paths("/".join(module.path)))
+    )
+    out, sown = model.apply(
+        variables, *args, capture_intermediates=heard if modules else False, mutable=[*mutable, CAPTURED], **rest
+    )
+    outputs: dict[str, jax.Array] = {}
+    for path, (held,) in flatten_dict(sown.get(CAPTURED, {}), sep="/").items():
+        layers = layer_paths(path.removesuffix("/__call__"))
+        outputs |= {layer: held[i] if len(layers) > 1 else held for i, layer in enumerate(layers) if layer in modules}
+    return (out, outputs), {name: held for name, held in sown.items() if name != CAPTURED}
 
 
 def with_auxiliary(
-    value: jax.Array, metrics: dict[str, jax.Array], extra: jax.Array | None
+    value: jax.Array, metrics: dict[str, jax.Array], terms: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss with the auxiliary terms, and metrics that have them apart."""
-    return (value, metrics) if extra is None else (value + extra, metrics | {"auxiliary": extra})
+    """The loss with what is added to it, and metrics that have it apart."""
+    for term in terms.values():
+        value = value + term
+    return value, metrics | terms
+
+
+def _auxiliary(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
+    terms = jax.tree.leaves(sown)
+    return {"auxiliary": sum(jnp.sum(term) for term in terms)} if terms else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from structmat.training.methods import hook, rule_for, without_method
 from structmat.training.rule import Rule
 from structmat.training.state import TrainState, abstract_variables, plan_state, variables_of
 from structmat.training.step import Step, make_step
-from structmat.training.task import Batch, Source, Task, Variables, mean_metrics, with_table
+from structmat.training.task import Batch, Source, Task, Teacher, Variables, mean_metrics, with_table
 
 EvalStep = Callable[[Variables, Batch], dict[str, jax.Array]]
 
@@ -59,9 +60,18 @@ def stored_plan(config: ConfigDict, task: Task, rule: Rule | None, mesh: Mesh, e
     Args:
       rule: the Rule given to `train`, if one was.
     """
-    own = with_table(task, extra["sites"])
+    own = stored_task(config, task, extra)
     config, rule = as_ended(config, rule, extra)
     return plan_state(own, optimizer_for(config, own)[0], rule_for(config, own.table, rule), mesh)
+
+
+def stored_task(config: ConfigDict, task: Task, extra: Mapping[str, Any]) -> Task:
+    """The task of a checkpoint with this `extra`: its structures, and the model it learns from."""
+    own = with_table(task, extra["sites"])
+    if "teacher" not in extra:
+        return own
+    lesson = hook(config, "teacher", own.table)
+    return dataclasses.replace(own, teacher=Teacher(with_table(task, extra["teacher"]).model, lesson))
 
 
 def as_ended(config: ConfigDict, rule: Rule | None, extra: Mapping[str, Any]) -> tuple[ConfigDict, Rule | None]:

@@ -34,9 +34,10 @@ LATER = {"shift": 0, "rotation": 0.0}
 def default(task: str = "lm", model: str | None = None) -> ConfigDict:
     """The config of a task with every field at its default; `model` is one of the task's MODELS, default its first.
 
-    >>> config = default("digits")
-    >>> config.model.name, config.structure
-    ('mlp', 'dense()')
+    Examples:
+      >>> config = default("digits")
+      >>> config.model.name, config.structure
+      ('mlp', 'dense()')
     """
     return ConfigDict(
         dict(
@@ -102,12 +103,13 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
     Raises:
       ConfigError: the first invalid field, with value, rule and a valid choice.
 
-    >>> config = default("digits")
-    >>> config.optim.warmup = 600
-    >>> validate(config, devices=1)
-    Traceback (most recent call last):
-        ...
-    structmat.training.errors.ConfigError: config.optim.warmup = 600.0: must be below steps=600; 0.05 is a twentieth of the run
+    Examples:
+      >>> config = default("digits")
+      >>> config.optim.warmup = 600
+      >>> validate(config, devices=1)
+      Traceback (most recent call last):
+          ...
+      structmat.training.errors.ConfigError: config.optim.warmup = 600.0: must be below steps=600; 0.05 is a twentieth of the run
     """
     name = config.get("task", None)
     if name not in TASKS:

@@ -50,6 +50,12 @@ def load_run(folder: str | Path, rule: Rule | None = None, devices: Sequence[jax
 
     Raises:
       RunError: no run there, or none with a checkpoint. CheckpointError: none of its checkpoints verifies.
+
+    Examples:
+      >>> load_run("runs/none")
+      Traceback (most recent call last):
+          ...
+      structmat.training.errors.RunError: 'runs/none' holds no run (config.json is missing); give the --workdir of a training run
     """
     devices = jax.local_devices()[:1] if devices is None else devices
     with Checkpointer(str(folder)) as checkpoints:

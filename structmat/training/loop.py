@@ -26,6 +26,7 @@ from structmat.training.build import (
     optimizer_for,
     step_for,
     stored_plan,
+    stored_task,
 )
 from structmat.training.checkpoint import Checkpointer
 from structmat.training.config import identity, profile_steps, validate
@@ -40,8 +41,8 @@ from structmat.training.sigterm import listening_for_sigterm
 from structmat.training.state import create_state, plan_state, variables_of
 from structmat.training.step import leaf_paths
 from structmat.training.switch import refuse_rule, switches
-from structmat.training.switching import carried_out, line
-from structmat.training.task import dump_table, with_table
+from structmat.training.switching import carried_out, line, noted
+from structmat.training.task import dump_tables
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def train(
                 )
         restored = checkpoints.restore(partial(stored_plan, config, task, rule, mesh)) if found is not None else None
         if restored is not None:
-            task = with_table(task, restored.extra["sites"])
+            task = stored_task(config, task, restored.extra)
         active, rule = as_ended(config, rule, restored.extra) if restored else (config, rule)
         rule = rule_for(active, task.table, rule)
 
@@ -119,7 +120,7 @@ def train(
             log.info("%s: resumed from step %d", folder, start)
         extra = {
             "config": json.loads(config.to_json()),
-            "sites": dump_table(task.table),
+            **dump_tables(task),
             "switches": restored.extra["switches"] if restored else [],
             "method_report": restored.extra.get("method_report", {}) if restored else {},
             "data_hash": source.sha256,
@@ -136,7 +137,7 @@ def train(
                 start=start,
                 per_step=task.units,
                 unit=f"{task.unit}s",
-                step_flops=3 * task.flops(executed=True) * task.units,
+                step_flops=task.step_flops(executed=True) * task.units,
                 peak_flops=peak * mesh.devices.size if peak else None,
                 runs=runs,
             )
@@ -202,9 +203,9 @@ def train(
                     step_fn = compile_step(task, step_for(config, task, after.tx, None, after.schedule), template, mesh)
                 row = after.row | {"step_seconds": _median(seconds)}
                 log.info("%s: %s", name, line(row))
-                extra |= {"sites": dump_table(task.table), "switches": [*extra["switches"], row]}
+                extra = noted(extra, task, row)
                 eval_step, paths, seconds, done_at = make_eval_step(task, mesh), leaf_paths(template.params), [], None
-                progress.step_flops = 3 * task.flops(executed=True) * task.units
+                progress.step_flops = task.step_flops(executed=True) * task.units
 
             state, metrics = step_fn(state, batch)
             if pending is not None:
@@ -237,7 +238,7 @@ def train(
                         row = after.row | {"step_seconds": _median(seconds)}
                         log.info("%s: %s", name, line(row))
                         row["heldout_before"], eval_step = held_out, make_eval_step(task, mesh)
-                        extra |= {"sites": dump_table(task.table), "switches": [*extra["switches"], row]}
+                        extra = noted(extra, task, row)
                         held_out = evaluate(eval_step, state, source, mesh)
                         log.info("%s: after it held-out %s %.4f", name, task.metric, held_out[task.metric])
                     if saves:

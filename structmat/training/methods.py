@@ -12,6 +12,7 @@ from structmat.nn.method import Method
 from structmat.sparse import TRP, Maestro, ReLoRA, RigL, Set, Sst
 from structmat.structures import StructureError
 from structmat.structures.reader import Reader
+from structmat.training.distill import Distill
 from structmat.training.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
+        Distill,
         Maestro,
         ReLoRA,
         RigL,
@@ -51,7 +53,9 @@ def method_of(config: ConfigDict) -> Method | None:
         raise ConfigError("method", config.method, str(error)) from None
 
 
-def hook(config: ConfigDict, name: Literal["rule", "view", "penalty", "link"], sites: Mapping[str, Site]) -> Any:
+def hook(
+    config: ConfigDict, name: Literal["rule", "view", "penalty", "link", "teacher"], sites: Mapping[str, Site]
+) -> Any:
     """What the method of a config brings in this place; None where there is no method, or it brings nothing.
 
     Args:

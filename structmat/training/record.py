@@ -15,7 +15,7 @@ from structmat.training import environment
 from structmat.training.plain_json import canonical, plain
 
 SCHEMA = 1
-KINDS = ("train", "compare", "bench", "tables", "pod", "choose", "torture")
+KINDS = ("train", "compare", "bench", "tables", "pod", "choose", "torture", "convert", "evaluate")
 
 
 class RecordError(ValueError):

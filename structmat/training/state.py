@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from structmat.parallel import shardings, state_shardings
-from structmat.training.task import Task
+from structmat.parallel import shardings, state_shardings, unbox
+from structmat.training.task import TEACHER, Task
 
 if TYPE_CHECKING:
     from structmat.training.rule import Rule
@@ -27,6 +27,8 @@ class TrainState:
       params: trainable leaves. frozen: the others, never differentiated.
       opt_state: the optimiser's. rule_state: the Rule's, or {}.
       skips: int32 (2,): steps skipped in a row, and in all, for a non-finite loss, gradient or update.
+      teacher: the variables of the task's teacher, which never change; None, without leaves, where there is none. They are
+        part of the state so that every checkpoint has what the steps after it need, with checksums and shardings.
     """
 
     step: jax.Array
@@ -35,11 +37,17 @@ class TrainState:
     opt_state: Any
     rule_state: Any
     skips: jax.Array
+    teacher: Any = None
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
     """What the model's `apply` takes."""
     return {"params": state.params, "frozen": state.frozen}
+
+
+def trained_variables(state: TrainState) -> dict[str, Any]:
+    """What the training loss takes: the model's variables, and those of a teacher as the collection TEACHER."""
+    return variables_of(state) | ({} if state.teacher is None else {TEACHER: state.teacher})
 
 
 def abstract_variables(task: Task) -> Any:
@@ -69,7 +77,19 @@ def plan_state(task: Task, tx: optax.GradientTransformation, rule: Rule | None, 
     """
     abstract = jax.eval_shape(lambda: initial_state(task, tx, rule, 0))
     places = state_shardings(mesh, shardings(mesh, abstract_variables(task)), abstract)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places)
+    template = jax.tree.map(_placed, abstract, places)
+    return template if task.teacher is None else template.replace(teacher=_plan_teacher(task, mesh))
+
+
+def _plan_teacher(task: Task, mesh: Mesh) -> dict[str, Any]:
+    """The teacher's variables lie as they did when they were the state's."""
+    boxed = abstract_variables(task.with_model(task.teacher.model))
+    shapes = {name: unbox(boxed).get(name, {}) for name in ("params", "frozen")}
+    return jax.tree.map(_placed, shapes, state_shardings(mesh, shardings(mesh, boxed), shapes))
+
+
+def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def create_state(

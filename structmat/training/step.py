@@ -11,8 +11,9 @@ import optax
 
 from structmat.nn.method import Penalty, View
 from structmat.training.accumulate import mean_over_parts
+from structmat.training.applied import Taught
 from structmat.training.rule import Rule, dense_gradients, wanted_parts, wanted_sites
-from structmat.training.state import TrainState, variables_of
+from structmat.training.state import TrainState, trained_variables, variables_of
 from structmat.training.task import Batch, Task, Variables
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -35,7 +36,7 @@ def make_step(
     once, so that stepping against them descends. Where the loss, a gradient or an update is not finite, everything but the
     clock and the skip counters stays as it was. The rule acts after the optimiser, on the steps that are due, and sees the
     new parameters. `view` and `penalty` are those of `structmat.nn.method.Method`; metrics then have the `penalty`, which
-    the loss is without.
+    the loss is without. A teacher of the task adds its terms to the loss, and metrics have these too.
 
     Returns:
       (state, batch) -> (state, metrics). Metrics are scalars, but for `bad`: bool (leaves of params,), which parameters
@@ -52,7 +53,7 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = step_key(seed, state.step)
         dropout = jax.random.fold_in(key, DROPOUT)
-        seen = variables_of(state)
+        seen = trained_variables(state)
         if view is not None:
             seen["frozen"] = view(state.frozen, jax.random.fold_in(key, VIEW), state.step)
         value, grads, metrics = gradients(task, seen, batch, dropout)
@@ -110,7 +111,7 @@ def gradients(
     task: Task, variables: Variables, batch: Batch, dropout: jax.Array
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
     """Mean loss of a batch, its gradient by `params` as optax takes it (complex ones conjugated), and metrics with `count`;
-    over `task.accumulate` parts of the batch in turn."""
+    over `task.accumulate` parts of the batch in turn. `variables` are those of `trained_variables`."""
 
     def of_part(number: Any, part: Batch) -> tuple[Any, dict[str, jax.Array]]:
         by_params = lambda p: _loss(task, {**variables, "params": p}, dropout, number, part)
@@ -126,7 +127,8 @@ def _loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Of one part of a batch, each with its own dropout."""
     key = jax.random.fold_in(dropout, number) if task.accumulate > 1 else dropout
-    return task.loss(task.model, variables, part, key, True)
+    model = task.model if task.teacher is None else Taught(task.model, task.teacher)
+    return task.loss(model, variables, part, key, True)
 
 
 def leaf_paths(params: Any) -> list[str]:

@@ -14,12 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from structmat.nn import Site, choose_path, sites
+from structmat.nn.method import Lesson
 from structmat.structures import StructureError, parse
 from structmat.structures.convolution import has_factors, view_of
 
 Batch = Mapping[str, Any]
 Variables = Mapping[str, Any]
 Loss = Callable[[nn.Module, Variables, Batch, "jax.Array | None", bool], tuple[jax.Array, dict[str, jax.Array]]]
+TEACHER = "teacher"
+"""Collection of a teacher's variables among those that train a model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A model that another learns from: its module, whose variables the state has, and what is learned."""
+
+    model: nn.Module
+    lesson: Lesson
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +71,8 @@ class Task:
       accumulate: parts of a batch whose gradients are computed in turn.
       generated: version of the code that makes the data out of `config.data` alone; "" where data is read from elsewhere,
         so that only its content tells what it is.
+      logits: whether the model's output is f32 logits `(..., classes)` and the loss their mean cross-entropy.
+      teacher: what the model learns from beside the data, from a switch on; None where from nothing.
     """
 
     name: str
@@ -76,6 +89,8 @@ class Task:
     rows: Callable[[str], int] | None = None
     accumulate: int = 1
     generated: str = ""
+    logits: bool = False
+    teacher: Teacher | None = None
 
     @functools.cached_property
     def table(self) -> dict[str, Site]:
@@ -108,6 +123,11 @@ class Task:
                 total += self.accumulate * one_call // self.units
         return total
 
+    def step_flops(self, executed: bool = False) -> int:
+        """FLOPs of a training step per unit: a backward pass is two forward ones, and a teacher has none."""
+        taught = 0 if self.teacher is None else self.with_model(self.teacher.model).flops(executed)
+        return 3 * self.flops(executed) + taught
+
     def rows_at(self, path: str) -> int:
         """Rows that one call of the site multiplies."""
         return (self.rows(path) if self.rows else self.units) // self.accumulate
@@ -139,6 +159,14 @@ def dump_table(table: Mapping[str, Site]) -> dict[str, dict[str, Any]]:
         }
         for path, site in table.items()
     }
+
+
+def dump_tables(task: Task) -> dict[str, Any]:
+    """What a checkpoint says of the model: `sites`, and those of its `teacher` where it has one."""
+    tables = {"sites": dump_table(task.table)}
+    if task.teacher is not None:
+        tables["teacher"] = dump_table(sites(task.teacher.model, *task.example))
+    return tables
 
 
 def with_table(task: Task, stored: Mapping[str, Mapping[str, Any]]) -> Task:

@@ -1,6 +1,5 @@
 """SET and RigL within the training step of real models."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -51,6 +51,7 @@ def build(config: Any) -> Task:
         units=config.batch * m.context,
         other_flops=m.layers * 4 * m.context * m.width,
         load=lambda: load(config),
+        logits=True,
     )
 
 
@@ -61,7 +62,7 @@ def loss(
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     logits, extra = applied(model, variables, inputs, rng, train)
     value = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-    name = "bits_per_byte" if model.vocab == BYTES else "bits_per_token"
+    name = "bits_per_byte" if logits.shape[-1] == BYTES else "bits_per_token"
     metrics = {"loss": value, name: value / math.log(2), "count": jnp.float32(targets.size)}
     return with_auxiliary(value, metrics, extra)
 

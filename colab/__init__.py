@@ -1,0 +1,1 @@
+"""Notebooks: each a .py file in percent format, from which `python -m colab.build` makes the .ipynb beside it."""
