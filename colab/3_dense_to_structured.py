@@ -21,9 +21,7 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from colab.live import Curves
-from structmat.nn import sites
-from structmat.parallel import unbox
-from structmat.surgery import reassign, restructure
+from structmat.surgery import restructured
 from structmat.training.config import default
 from structmat.training.load import load_run
 from structmat.training.task import mean_metrics
@@ -51,7 +49,7 @@ print(f"{dense.task.params:,} parameters;", "sites:", ", ".join(dense.task.table
 # %% [markdown]
 # ## What each layer loses
 #
-# `reassign` is the model with other structures at the sites that a rule matches, and `restructure` its parameters. Look at the
+# `restructured` gives the model with other structures at the sites that a rule matches, and its parameters. Look at the
 # bars: the relative error |W - W'| / |W| of every weight in the structures below. Then at the losses: an error per layer says
 # little about the function, so always look at both.
 #
@@ -59,12 +57,9 @@ print(f"{dense.task.params:,} parameters;", "sites:", ", ".join(dense.task.table
 
 
 # %%
-def restructured(run, rules):
+def changed(run, rules):
     """(model, variables, changes): the run's model with other structures."""
-    model = reassign(run.task.model, rules, *run.task.example)
-    template = unbox(jax.eval_shape(model.init, jax.random.key(0), *run.task.example))
-    after = sites(model, *run.task.example)
-    return model, *restructure(run.task.table, after, run.variables, template, jax.random.key(0))
+    return restructured(run.task.model, rules, run.variables, *run.task.example, key=jax.random.key(0))
 
 
 def held_out(run, model, variables):
@@ -79,7 +74,7 @@ rules = {
     "Kronecker": "fit(kronecker(), params=0.3)",
     "low rank + sparse": "fit(low_rank() + random_sparse(select='magnitude'), params=0.3)",
 }
-projected = {label: restructured(dense, rule) for label, rule in rules.items()}
+projected = {label: changed(dense, rule) for label, rule in rules.items()}
 
 figure = Figure(figsize=(8, 3.6), layout="constrained")
 panel = figure.subplots()
@@ -122,13 +117,13 @@ def compare(name, before, after):
 
 lines = ["| change | difference of logits | in units of float32's epsilon |", "|---|---|---|"]
 start = logits(dense.task.model, dense.variables)
-model, variables, _ = restructured(dense, "spectral()")
+model, variables, _ = changed(dense, "spectral()")
 lines.append(compare("dense to spectral, all singular values", start, logits(model, variables)))
-model, variables, _ = restructured(dense, "block_tensor_train(rank=8)")
+model, variables, _ = changed(dense, "block_tensor_train(rank=8)")
 lines.append(compare("dense to block tensor train of full rank", start, logits(model, variables)))
 monarch, variables, _ = projected["Monarch"]
 structured = type(dense)(dense.config, dense.task.with_model(monarch), variables, dense.step)
-model, variables, _ = restructured(structured, "dense()")
+model, variables, _ = changed(structured, "dense()")
 lines.append(compare("Monarch to dense", logits(monarch, structured.variables), logits(model, variables)))
 lines.append(compare("dense to Monarch", start, logits(monarch, structured.variables)))
 display(Markdown("\n".join(lines)))

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.own_flags import OwnFlags
+from structmat.analysis.pages import page_of
 from structmat.training.config import validate
 from structmat.training.record import Record
 
@@ -139,7 +140,7 @@ def report(rows: list[dict[str, Any]], out: Path, record: Record) -> None:
     )
     Console(width=None if sys.stdout.isatty() else 230).print(table(rows, box.ROUNDED))
     with out.with_suffix(".md").open("w") as file:
-        page = Console(file=file, width=300)
+        page = page_of(file, 300)
         page.print(f"# Models of papers, counted\n\n{about}\n", soft_wrap=True, markup=False)
         page.print(table(rows, box.MARKDOWN))
 

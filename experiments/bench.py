@@ -29,6 +29,7 @@ from rich.table import Table  # noqa: E402
 from experiments import bench_gpu  # noqa: E402
 from experiments.own_flags import OwnFlags  # noqa: E402
 from experiments.rows import within  # noqa: E402
+from structmat.analysis.pages import page_of  # noqa: E402
 from structmat.analysis.timing import interleaved, median_ratio, op_counts  # noqa: E402
 from structmat.nn.leaves import split  # noqa: E402
 from structmat.nn.sites import merge  # noqa: E402
@@ -185,7 +186,7 @@ def report(record: Record, out: Path) -> None:
     console.print(timing_table(rows, box.ROUNDED))
     console.print(break_even_table(even, box.ROUNDED))
     with out.with_suffix(".md").open("w") as file:
-        page = Console(file=file, width=200)
+        page = page_of(file, 200)
         device, versions = record.device, record.versions
         page.print(
             f"# Products beside dense: {out.stem}\n\n{device['cpu']}, {device['cores']} cores, {device['platform']}, jax "

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.products import Product
+from structmat.analysis.pages import page_of
 
 DIRECTIONS = {"forward": 1, "both": 3}
 """Products of one direction: y; y and both gradients."""
@@ -51,6 +52,6 @@ def report(rows: list[dict[str, Any]], out: Path, about: str) -> None:
     """Print the table and write it as Markdown, under `about`, beside the Record."""
     Console(width=None if sys.stdout.isatty() else 220).print(table(rows, box.ROUNDED))
     with out.with_suffix(".md").open("w") as file:
-        page = Console(file=file, width=260)
+        page = page_of(file, 260)
         page.print(f"# Products on a GPU: {out.stem}\n\n{about}\n", soft_wrap=True, markup=False)
         page.print(table(rows, box.MARKDOWN))

@@ -31,6 +31,7 @@ from experiments import cli
 from experiments.own_flags import OwnFlags
 from structmat.analysis.choices import Choice, Choices
 from structmat.analysis.choose import METRICS, candidates, choose
+from structmat.analysis.pages import page_of
 from structmat.analysis.weight_files import file_weights
 from structmat.structures import parse
 from structmat.training.errors import RunError
@@ -184,7 +185,7 @@ def best_table(choices: Choices, style: box.Box) -> Table:
 def write_report(choices: Choices, record: Record, out: Path) -> None:
     """table.md with all tables, refusals and rules, and plot.png."""
     with (out / "table.md").open("w") as file:
-        console = Console(file=file, width=220)
+        console = page_of(file, 220)
         line = functools.partial(console.print, soft_wrap=True, markup=False)
         device, versions = record.device, record.versions
         line(

@@ -29,6 +29,7 @@ from experiments import cli
 from experiments.equal import dense_small, with_model
 from experiments.own_flags import OwnFlags
 from experiments.step_times import step_times
+from structmat.analysis.pages import page_of
 from structmat.analysis.plots import tradeoff
 from structmat.structures import Rules, parse
 from structmat.training import workdir
@@ -217,7 +218,7 @@ def write_report(folder: Path, rows: list[dict[str, Any]], dense: Record, record
     """table.md with the conditions of the measurement, and plot.png."""
     metric, unit = dense.metrics["metric"].replace("_", " "), dense.metrics["unit"]
     with (folder / "table.md").open("w") as file:
-        console = Console(file=file, width=200)
+        console = page_of(file, 200)
         console.print(table_of(rows, dense, markdown=True))
         console.print(
             f"\n{dense.metrics['steps']} steps of {dense.metrics['units_per_step']} {unit}s each, seed {record.seed}, one run "

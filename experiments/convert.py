@@ -29,6 +29,7 @@ from rich.table import Table
 from configs import finetune
 from experiments import cli
 from experiments.own_flags import OwnFlags
+from structmat.analysis.pages import page_of
 from structmat.exchange import (
     Incoming,
     Row,
@@ -144,7 +145,7 @@ def write_report(record: Record, found: Incoming, path: Path) -> None:
     """The tables and conditions as Markdown."""
     device, versions = record.device, record.versions
     with path.open("w") as file:
-        console = Console(file=file, width=220)
+        console = page_of(file, 220)
         line = functools.partial(console.print, soft_wrap=True, markup=False)
         line(
             f"# {record.name}\n\nFrom {record.metrics['source']}. {summary(record)} {device['cpu']}, {device['cores']} "

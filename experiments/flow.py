@@ -28,6 +28,7 @@ from experiments import cli
 from experiments.own_flags import OwnFlags
 from structmat.analysis.field_pictures import error_in_time, field_spectra, predicted_fields
 from structmat.analysis.fields import error_growth, relative_h1, relative_l2
+from structmat.analysis.pages import page_of
 from structmat.data.pde import navier_stokes_set
 from structmat.training.errors import RunError
 from structmat.training.load import Run, load_run
@@ -151,7 +152,7 @@ def report(record: Record, out: Path) -> None:
     print_to.print(table(rows, data, box.ROUNDED))
     n, device = data["resolution"], record.device
     with (out / "table.md").open("w") as file:
-        page = Console(file=file, width=200)
+        page = page_of(file, 200)
         line = lambda text: page.print(text, soft_wrap=True, markup=False, highlight=False)
         line("# Operators on forced flow: other grids, longer times\n")
         line(

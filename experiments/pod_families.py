@@ -26,6 +26,7 @@ from rich.table import Table
 from experiments.own_flags import OwnFlags
 from experiments.pod_step import VERSION, Pod, account, lower
 from experiments.rows import within
+from structmat.analysis.pages import page_of
 from structmat.parallel import plan, replicated
 from structmat.structures import FAMILIES, parse
 from structmat.training.config import default, validate
@@ -205,7 +206,7 @@ def report(rows: list[dict[str, Any]], out: Path, record: Record) -> None:
     )
     Console(width=None if sys.stdout.isatty() else 220).print(table(rows, box.ROUNDED))
     with out.with_suffix(".md").open("w") as file:
-        page = Console(file=file, width=300)
+        page = page_of(file, 300)
         page.print(f"# Layout of every family, planned and compiled\n\n{about}\n", soft_wrap=True, markup=False)
         page.print(table(rows, box.MARKDOWN))
         for line in said:

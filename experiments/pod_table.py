@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.pod_step import VERSION
+from structmat.analysis.pages import page_of
 from structmat.training.record import Record
 
 COLUMNS = (
@@ -122,7 +123,7 @@ def report(rows: list[dict[str, Any]], out: Path, record: Record, example: str) 
         "bound is with all communication hidden / with none. FLOPs are the structures' own."
     )
     with out.with_suffix(".md").open("w") as file:
-        page = Console(file=file, width=300)
+        page = page_of(file, 300)
         page.print(f"# Training steps compiled for TPU pods\n\n{about}\n", soft_wrap=True, markup=False)
         page.print(table(rows, box.MARKDOWN))
         for line in verdict(rows):

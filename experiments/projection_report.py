@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from structmat.analysis.pages import page_of
 from structmat.training.record import Record
 
 TOLERANCE = 1e-5
@@ -78,7 +79,7 @@ def report(record: Record, out: Path) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(tables[0](rows, box.ROUNDED))
     title = "Randomised SVDs beside exact ones" if svd else "Projections beside other libraries"
     with out.with_suffix(".md").open("w") as file:
-        page = Console(file=file, width=250)
+        page = page_of(file, 250)
         page.print(
             f"# {title}\n\n{record.device['cpu']}, {record.device['cores']} cores, {record.device['platform']}, jax "
             f"{versions['jax']}, {record.date}, `{record.command}`. {record.config['note']}\n",

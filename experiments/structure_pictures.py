@@ -7,7 +7,8 @@ member it shows and a figure of its matrix, so that a test can tell when one is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,29 @@ def draw(text: str, path: Path) -> Path:
     return path
 
 
-def gallery(texts: Sequence[str], path: Path, columns: int = 7) -> Path:
-    """Draw the matrices of many structures into one PNG file, each over its text."""
-    figure = Figure(figsize=(1.6 * columns, 1.75 * -(-len(texts) // columns)), layout="constrained")
+GALLERY = (
+    *("low_rank(rank=2)", "monarch(blocks=4)", "block_tensor_train(rank=1)", "kronecker()", "tensor_train(rank=2)"),
+    *("tucker(rank=4)", "block_diagonal(blocks=4)", "random_sparse(density=0.1)", "n_m_sparse(n=1, m=4)"),
+    *("block_sparse(block=4, density=0.25)", "channel_sparse(density=0.1)", "blast(blocks=4, rank=2)"),
+    *("toeplitz() @ diagonal()", "block_circulant(block=8)", "butterfly()", "fourier()", "dct()"),
+    *("hadamard()", "householder(reflections=2)", "quantized(bits=2, group=16)", "toeplitz()"),
+)
+"""What the picture at the top of README shows."""
+
+
+def gallery(path: Path, columns: int = 7) -> Path:
+    """Draw the matrices of GALLERY into one PNG file, each under its text."""
+    texts = GALLERY
+    figure = Figure(figsize=(1.6 * columns, 1.85 * -(-len(texts) // columns)), layout="constrained")
     figure.set_facecolor("white")
     panels = figure.subplots(-(-len(texts) // columns), columns, squeeze=False).ravel()
     for panel, text in zip(panels, texts):
         bound, params = member(text)
-        _show(panel, sheet(bound.materialize(params)), text, "RdBu_r")
+        _show(panel, sheet(bound.materialize(params)), textwrap.fill(text, 30, break_long_words=False), "RdBu_r")
         panel.title.set_fontsize(7)
     for panel in panels[len(texts) :]:
         panel.axis("off")
-    figure.savefig(path, dpi=DPI, metadata={"Software": None, "Title": ", ".join(texts), "Comment": "real parts"})
+    figure.savefig(path, dpi=DPI, metadata={"Software": None, "Title": "; ".join(texts), "Comment": "real parts"})
     _shrink(path)
     return path
 

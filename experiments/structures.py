@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.own_flags import OwnFlags
-from experiments.structure_pictures import SIZE, draw
+from experiments.structure_pictures import SIZE, draw, gallery
 from structmat.structures import CONSTRUCTORS, FAMILIES, Sum
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +166,7 @@ def main(argv: list[str]) -> None:
         return
     for name, text in pictured().items():
         draw(text, PICTURES / f"{name}.png")
+    gallery(PICTURES.parent / "gallery.png")
     PAGE.write_text(page())
     README.write_text(readme(README.read_text()))
     print(f"written: {PAGE.relative_to(ROOT)}, {README.name}, {PICTURES.relative_to(ROOT)}")

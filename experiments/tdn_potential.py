@@ -30,6 +30,7 @@ from experiments.tables.judge import Verdict, interval, judge
 from experiments.tdn_clusters import Clusters, clusters
 from experiments.tdn_network import Network
 from experiments.tensor_product import rotations
+from structmat.analysis.pages import page_of
 from structmat.analysis.timing import interleaved, median_ratio
 from structmat.structures.clebsch_gordan import LARGEST, width
 from structmat.structures.path_factors import PathFactors
@@ -331,7 +332,7 @@ def report(folder: Path) -> None:
     """Print what there is, and write it to potential.md."""
     screen = Console(width=None if sys.stdout.isatty() else 160)
     with (folder / "potential.md").open("w") as file:
-        page = Console(file=file, width=200)
+        page = page_of(file, 200)
         page.print("# A potential of atoms by tensor products\n")
         for text, table, said in pages(folder):
             screen.print(table(box.ROUNDED))

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.own_flags import OwnFlags
+from structmat.analysis.pages import page_of
 from structmat.analysis.timing import interleaved, median_ratio
 from structmat.nn.tensor_product import cp_flops, cp_product, path_flops, path_product, plain_flops, plain_product
 from structmat.structures.clebsch_gordan import LARGEST, path_tensor, paths, width
@@ -229,7 +230,7 @@ def report(record: Record, out: Path) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(table(fits, costs, box.ROUNDED))
     print("\n".join(said))
     with out.with_suffix(".md").open("w") as file:
-        page = Console(file=file, width=250)
+        page = page_of(file, 250)
         page.print(f"# Tensor products by CP factors\n\n{about}\n", soft_wrap=True, markup=False)
         page.print(table(fits, costs, box.MARKDOWN))
         page.print("\n" + "\n".join(f"- {line}" for line in said), soft_wrap=True, markup=False)

@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from structmat.analysis.pages import page_of
+
 LABEL = "compiler's estimate, not a measurement"
 COLUMNS = ("dense", "xla", "pallas")
 
@@ -87,7 +89,7 @@ def report(rows: list[dict[str, Any]], out: Path, about: str) -> None:
     console.print(verdict(rows), soft_wrap=True, markup=False)
     missing = failures(rows)
     with out.with_suffix(".md").open("w") as file:
-        page = Console(file=file, width=220)
+        page = page_of(file, 220)
         page.print(f"# Products on TPUs: {LABEL}\n\n{about}\n", soft_wrap=True, markup=False)
         page.print(table(rows, box.MARKDOWN))
         if missing:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from structmat.structures import Matrix, Rules, Structure, StructureError, parse, project
+from structmat.structures import Matrix, Rules, Structure, StructureError, parse, project, random
 
 if TYPE_CHECKING:
     from structmat.analysis.choose import choose
 
 __version__ = "0.1.0"
 
-__all__ = ["Matrix", "Rules", "Structure", "StructureError", "__version__", "choose", "parse", "project"]
+__all__ = ["Matrix", "Rules", "Structure", "StructureError", "__version__", "choose", "parse", "project", "random"]
 
 
 def __getattr__(name: str) -> Any:

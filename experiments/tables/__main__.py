@@ -37,6 +37,7 @@ from experiments.tables.show import caption, grid, verdicts
 from experiments.tables.store import Store
 from experiments.tables.summary import within
 from experiments.tables.timing import place_of, time_table
+from structmat.analysis.pages import page_of
 from structmat.structures.errors import suggest
 from structmat.training.record import Record, RecordError
 
@@ -133,7 +134,7 @@ def check_all(tables: Sequence[Table], console: Console) -> None:
         return
     head, table, tail = checking.page(rows, Record.read(out))
     with out.with_suffix(".md").open("w") as file:
-        written = Console(file=file, width=300)
+        written = page_of(file, 300)
         for part in (head, table, "\n" + tail):
             written.print(part, soft_wrap=True, markup=False)
     console.print(checking.grid(rows, box.ROUNDED))

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 
 from experiments.tables.plan import plan
 from experiments.tables.results import Results, cost_of, results_of
 from experiments.tables.schema import SCALES, Table
 from experiments.tables.show import caption, grid, verdicts
 from experiments.tables.store import Store
+from structmat.analysis.pages import page_of
 
 
 def report(tables: Sequence[Table], folder: Path) -> Path:
@@ -24,7 +24,7 @@ def report(tables: Sequence[Table], folder: Path) -> Path:
     path = folder / "report.md"
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        page = Console(file=file, width=400)
+        page = page_of(file, 400)
         say = lambda text="": page.print(text, soft_wrap=True, markup=False, highlight=False)
         say("# Tables of papers, at our scales\n")
         say(

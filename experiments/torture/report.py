@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from structmat.analysis.pages import page_of
 from structmat.training.record import Record
 
 
@@ -36,7 +37,7 @@ def report(record: Record, out: Path) -> int:
     for id, text in failures:
         print(f"{id} {text}")
     with out.with_suffix(".md").open("w") as file:
-        page = Console(file=file, width=250)
+        page = page_of(file, 250)
         commands = "".join(f"\n\n    {command}" for command in dict.fromkeys(f["command"] for f in figures.values()))
         page.print(
             f"# What runs survive\n\n{record.device['cpu']}, {record.device['cores']} cores, CPU devices, jax "

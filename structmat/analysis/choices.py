@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from structmat.analysis.pages import page_of
 from structmat.structures import Structure, StructureError, parse
 from structmat.structures.errors import suggest
 
@@ -236,10 +237,9 @@ class Choices:
         return error_curve(curves, what, f"relative error{many}", top)
 
     def __repr__(self) -> str:
-        from rich.console import Console
 
         page = io.StringIO()
-        console = Console(file=page, width=140)
+        console = page_of(page, 140)
         sizes = f"{len(self.paths)} weights" if len(self.paths) > 1 else f"{self.paths[0]} {self.rows[0].shape}"
         text = ", ".join(f"{b:g}" for b in self.budgets)
         console.print(f"Choices({sizes}, budget {text} of dense {self.metric})", markup=False, highlight=False)

@@ -1,4 +1,7 @@
-"""Pictures of matrices and results as matplotlib Figures; no pyplot, so no display and nothing global."""
+"""Pictures of matrices and results as matplotlib Figures; no pyplot, so no display and nothing global.
+
+A notebook shows a Figure that ends a cell after `%matplotlib inline`; `figure.savefig(path)` writes it.
+"""
 
 from __future__ import annotations
 
@@ -61,15 +64,18 @@ def tradeoff(
     return path
 
 
-def weight_image(matrices: Weights) -> Figure:
-    """|W| of each matrix in a panel of its own, all on one colour scale."""
+def weight_image(matrices: Weights, shared: bool = True) -> Figure:
+    """|W| of each matrix in a panel of its own, all on one colour scale, or not `shared` each on its own."""
     named = {label: np.abs(_dense(w)) for label, w in _labelled(matrices).items()}
     top = max(float(size.max()) for size in named.values())
     figure = Figure(figsize=(4.4 * len(named) + 0.6, 4.2), layout="constrained")
     panels = figure.subplots(1, len(named), squeeze=False)[0]
     for panel, (label, size) in zip(panels, named.items()):
-        image = _image(panel, size, label, top)
-    figure.colorbar(image, ax=list(panels), label="|W|", shrink=0.85)
+        image = _image(panel, size, label, top if shared else float(size.max()))
+        if not shared:
+            figure.colorbar(image, ax=panel, label="|W|", shrink=0.85)
+    if shared:
+        figure.colorbar(image, ax=list(panels), label="|W|", shrink=0.85)
     return figure
 
 
@@ -92,8 +98,8 @@ def factor_images(matrix: Matrix) -> Figure:
         indices = np.issubdtype(array.dtype, np.integer)
         image = panel.imshow(flat if indices else np.abs(flat), cmap="viridis" if indices else "Greys", aspect="auto")
         panel.set_title(f"{name} {array.shape}", fontsize=9)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.set_xlabel("last axis")
         panel.set_ylabel("other axes" if array.ndim != 1 else "")
         figure.colorbar(image, ax=panel, shrink=0.7)
@@ -101,12 +107,13 @@ def factor_images(matrix: Matrix) -> Figure:
 
 
 def spectrum(matrices: Weights) -> Figure:
-    """Singular values of each matrix in descending order on a log axis; zeros are left out."""
+    """Singular values of each matrix in descending order on a log axis; zeros, to rounding, are left out."""
     figure = Figure(figsize=(6.0, 4.2), layout="constrained")
     panel = figure.subplots()
     for label, w in _labelled(matrices).items():
-        values = np.linalg.svd(_dense(w), compute_uv=False)
-        values = values[values > 0]
+        dense = _dense(w)
+        values = np.linalg.svd(dense, compute_uv=False)
+        values = values[values > values[0] * max(dense.shape) * np.finfo(dense.dtype).eps]
         panel.plot(np.arange(1, len(values) + 1), values, label=label)
     panel.set_yscale("log")
     panel.set_xlabel("index")

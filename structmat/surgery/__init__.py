@@ -5,11 +5,13 @@ before, after = sites(model, *example), sites(new, *example)
 template = jax.eval_shape(new.init, key, *example)                    # unboxed; with shardings on a mesh
 variables, changes = restructure(before, after, variables, template)
 opt_state = carry_optimizer(opt_state, opt_template, moments, changed_params(after, changes))
+
+On one device and without an optimiser, all in one: `new, variables, changes = restructured(model, rules, variables, *example)`.
 """
 
 from structmat.surgery.layers import by_layer, rebuild
 from structmat.surgery.optimizer import carry_optimizer
-from structmat.surgery.restructure import Change, changed_params, reassign, restructure
+from structmat.surgery.restructure import Change, changed_params, reassign, restructure, restructured
 from structmat.surgery.slicing import sliced, widths_of, widths_within, with_widths
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "reassign",
     "rebuild",
     "restructure",
+    "restructured",
     "sliced",
     "widths_of",
     "widths_within",

@@ -55,6 +55,26 @@ def reassign(model: nn.Module, rules: Any, *example: Any) -> nn.Module:
     return model.clone(structures=tuple((path, bound.structure) for path, bound in bounds.items()))
 
 
+def restructured(
+    model: nn.Module, rules: Any, variables: Mapping[str, Any], *example: Any, key: jax.Array | None = None
+) -> tuple[nn.Module, dict[str, Any], dict[str, Change]]:
+    """A model on one device with other structures at the sites that rules match: `reassign` and `restructure` in one.
+
+    Args:
+      variables: collections `params` and `frozen` of the model. example: what it is called on, shapes are enough.
+      key: for families that draw a support.
+
+    Returns:
+      The model, its variables, and what became of every changed site by its layer path.
+
+    Raises:
+      StructureError: as `reassign` and `restructure`.
+    """
+    after = reassign(model, rules, *example)
+    template = nn.unbox(jax.eval_shape(after.init, jax.random.key(0), *example))
+    return after, *restructure(sites(model, *example), sites(after, *example), variables, template, key)
+
+
 def restructure(
     old: Mapping[str, Site],
     new: Mapping[str, Site],

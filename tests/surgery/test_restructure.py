@@ -12,7 +12,7 @@ from structmat.models import MLP
 from structmat.models.stack import apply_layers
 from structmat.nn import StructuredDense, assign, pick, site_params, sites
 from structmat.structures import StructureError, parse
-from structmat.surgery import by_layer, changed_params, reassign, restructure
+from structmat.surgery import by_layer, changed_params, reassign, restructure, restructured
 from tests.marks import mostly_long
 
 X = jax.random.normal(jax.random.key(9), (5, 16))
@@ -30,9 +30,7 @@ def mlp(structure, seed=0):
 
 def operate(model, variables, rules, example, key=None):
     """(model, variables, changes) after these rules."""
-    new = reassign(model, rules, example)
-    template = jax.eval_shape(lambda: unboxed(new, example))
-    return (new, *restructure(sites(model, example), sites(new, example), variables, template, key))
+    return restructured(model, rules, variables, example, key=key)
 
 
 FAMILIES = [
