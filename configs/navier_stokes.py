@@ -19,6 +19,8 @@ STRUCTURES = {"tfno": "layers_.*/spectral -> fit(tucker(), params=0.1)"}
 
 def get_config(arg=None):
     arg = arg or "fno"
+    if arg.isidentifier():
+        defaults.named(MODELS, arg, "configs/navier_stokes.py")
     config = defaults.default("navier_stokes", MODELS.get(arg, "fno"))
     config.structure = STRUCTURES.get(arg, "dense()" if arg in MODELS else arg)
     config.steps = 500

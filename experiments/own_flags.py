@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app
 from absl import flags as absl_flags
@@ -33,11 +34,26 @@ class OwnFlags:
         self.FLAGS.mark_as_parsed()
 
     def run(self, main: Callable[[Sequence[str]], Any]) -> None:
-        """`absl.app.run(main)` with these flags."""
+        """`absl.app.run(main)` with these flags; a wrong flag or argument is one line, and exit code 2."""
         absl_flags.FLAGS.append_flag_values(self.FLAGS)
 
         def start(argv: Sequence[str]) -> Any:
             self.FLAGS.mark_as_parsed()
-            return main(argv)
+            try:
+                return main(argv)
+            except app.UsageError as error:
+                _refuse(error)
 
-        app.run(start)
+        app.run(start, flags_parser=_parsed)
+
+
+def _parsed(argv: list[str]) -> list[str]:
+    try:
+        return absl_flags.FLAGS(argv)
+    except absl_flags.Error as error:
+        _refuse(error)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)

@@ -85,9 +85,9 @@ def named(choices: Mapping[str, Any], arg: str | None, file: str) -> Any:
       ValueError: no argument, or no such entry.
     """
     if arg is None:
-        raise ValueError(f"{file} needs a size, such as {file}:{next(iter(choices))}; valid: {', '.join(choices)}")
+        raise ValueError(f"{file} needs an argument, such as {file}:{next(iter(choices))}; valid: {', '.join(choices)}")
     if arg not in choices:
-        raise ValueError(f"{file}:{arg}: no such size" + suggest(arg, choices))
+        raise ValueError(f"{file}:{arg}: no {arg!r} there" + suggest(arg, choices))
     return choices[arg]
 
 
