@@ -48,4 +48,4 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-* runs .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* runs .pytest_cache .ruff_cache .jax_cache

@@ -36,9 +36,9 @@ from structmat.training.config import default
 
 # %%
 config = default("lm")
-config.steps = 100
+config.steps = 80
 config.eval.batches = 20
-config.model.update(width=64, layers=2, heads=4, context=32)
+config.model.update(width=64, layers=1, heads=4, context=32)
 config.mup.base_width = 64  # of the dense model that the learning rate was tuned for
 structures = ["fit(monarch(order='blocked'), params=0.3)", "fit(low_rank(), params=0.3)"]
 
