@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from structmat.models.attention import Structures
+from structmat.models.coordinates import with_coordinates
 from structmat.models.multigrid import margin_points, patch, stitch
 from structmat.nn import StructuredDense
 from structmat.nn.sites import Kind, pick, scope
@@ -159,11 +160,3 @@ class FNO(nn.Module):
     def layer(self, **fields: Any) -> nn.Module:
         """One of the layers."""
         return Layer(**fields)
-
-
-def with_coordinates(x: jax.Array) -> jax.Array:
-    """x `(batch, *space, channels)` and, as further channels, i / n along each axis."""
-    space = x.shape[1:-1]
-    each = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) / n for n in space), indexing="ij")
-    grid = jnp.broadcast_to(jnp.stack(each, -1), (len(x), *space, len(space)))
-    return jnp.concatenate([x, grid.astype(x.dtype)], -1)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from structmat.models.attention import Structures
+from structmat.models.coordinates import with_coordinates
 from structmat.models.fno import pointwise
 from structmat.models.head import logits
 from structmat.nn import StructuredConv
@@ -119,11 +120,13 @@ class ResNet(nn.Module):
 class FieldResNet(nn.Module):
     """x `(batch, h, w, channels)`, periodic -> `(batch, h, w, features)` f32, all blocks of one width on the whole grid.
 
-    Sites of kind `conv`: stem, layers_i/{conv1, conv2}; and head, at every point. It commutes with shifts of the grid.
+    Sites of kind `conv`: stem, layers_i/{conv1, conv2}; and head, at every point.
 
     Attributes:
       features: output channels. width: hidden channels.
       blocks: of two 3 x 3 convolutions.
+      grid: whether the coordinates of each point, in [0, 1), are appended to its channels. Without them the model commutes with
+        shifts of the grid, and cannot know a force that differs from place to place.
       view: which matrix of a kernel is structured, see structmat.structures.convolution.
       structures: layer path -> structure, from `structmat.nn.assign`.
       dtype: compute dtype; parameters stay f32.
@@ -132,6 +135,7 @@ class FieldResNet(nn.Module):
     features: int = 1
     width: int = 32
     blocks: int = 8
+    grid: bool = False
     view: View = "channel"
     structures: Structures = ()
     dtype: Any = jnp.float32
@@ -139,6 +143,7 @@ class FieldResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         own = dict(view=self.view, dtype=self.dtype, padding="CIRCULAR")
+        x = with_coordinates(x) if self.grid else x
         y = conv("stem", self.width, 3, self.structures, axes=("features", "embed"), **own)(x)
         for i in range(self.blocks):
             name = f"layers_{i}"

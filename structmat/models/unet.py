@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from structmat.models.attention import Structures
+from structmat.models.coordinates import with_coordinates
 from structmat.models.resnet import GROUPS, conv
 from structmat.nn.sites import scope
 from structmat.structures.convolution import View
@@ -47,6 +48,8 @@ class UNet(nn.Module):
       width: channels at the top. depth: halvings of the side.
       padding: `CIRCULAR` for periodic fields, `SAME` pads with zeros.
       residual: add the input, which must then have `features` channels.
+      grid: whether the coordinates of each point, in [0, 1), are appended to its channels. Without them the model commutes with
+        shifts of the grid, and cannot know a force that differs from place to place.
       view: which matrix of a kernel is structured, see structmat.structures.convolution.
       structures: layer path -> structure, from `structmat.nn.assign`.
       dtype: compute dtype; parameters stay f32.
@@ -57,6 +60,7 @@ class UNet(nn.Module):
     depth: int = 3
     padding: str = "CIRCULAR"
     residual: bool = False
+    grid: bool = False
     view: View = "channel"
     structures: Structures = ()
     dtype: Any = jnp.float32
@@ -73,7 +77,7 @@ class UNet(nn.Module):
             raise ValueError(f"residual=True adds an input of {x.shape[-1]} channels to features={self.features}")
         own = dict(padding=self.padding, view=self.view, dtype=self.dtype)
         double = lambda y, name, width: DoubleConv(width, structures=scope(self.structures, name), name=name, **own)(y)
-        y, kept = x.astype(self.dtype), []
+        y, kept = (with_coordinates(x) if self.grid else x).astype(self.dtype), []
         for i in range(self.depth):
             y = double(y, f"down_{i}", self.width * 2**i)
             kept.append(y)

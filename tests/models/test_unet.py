@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structmat.models.unet import UNet
+from structmat.models import FieldResNet, UNet
 from structmat.nn import assign, sites
 
 X = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
@@ -63,3 +63,15 @@ def test_residual_and_checks():
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(model.init, jax.random.key(0), X)
+
+
+@pytest.mark.parametrize("model", [UNet(width=4, depth=1), FieldResNet(width=4, blocks=1)], ids=["unet", "resnet"])
+def test_coordinates_tell_where_a_point_is(model):
+    """Without them the output moves with the input, and an even input has an even output whatever the parameters."""
+    x = jnp.ones((1, 8, 8, 1))
+    spread = {}
+    for grid in (False, True):
+        own = model.clone(grid=grid)
+        params = jax.tree.map(lambda a: a + 0.1, nn.unbox(jax.jit(own.init)(jax.random.key(0), x)))
+        spread[grid] = float(jnp.ptp(jax.jit(own.apply)(params, x)))
+    assert spread[False] < 1e-5 < 1e-2 < spread[True]

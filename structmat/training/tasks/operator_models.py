@@ -26,6 +26,11 @@ SHARED = dict(
 )
 
 
+GRID = dict(
+    grid=True,  # append the coordinates of each point to its channels: the force is not the same everywhere
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class OperatorModel(ModelChoice):
     """A model with what its FLOPs are counted from.
@@ -153,7 +158,7 @@ def check_resnet(config: Any) -> None:
 
 def build_resnet(config: Any) -> FieldResNet:
     """The module."""
-    own = {name: config.model[name] for name in ("width", "blocks", "view")}
+    own = {name: config.model[name] for name in ("width", "blocks", "grid", "view")}
     return FieldResNet(**own, dtype=jnp.dtype(config.model.dtype))
 
 
@@ -164,7 +169,7 @@ MODELS = {
             width=32,  # hidden channels
             layers=3,
             modes=12,  # frequencies kept along each axis, of both signs
-            grid=True,  # append the coordinates of each point to its channels
+            **GRID,
             levels=0,  # of multi-grid patches: 2^levels a side
             margin=0.0,  # of the whole domain or of each patch, as a fraction of the whole side
             padding=0.0,  # zeros on either side, as a fraction of it, for fields that are not periodic
@@ -194,7 +199,7 @@ MODELS = {
         any_grid=False,
     ),
     "unet": OperatorModel(
-        fields=unet_fields(residual=False),
+        fields=unet_fields(residual=False) | GRID,
         check=lambda config: check_unet(config, "resolution"),
         build=periodic_unet,
         base=lambda config: periodic_unet(config).clone(width=config.mup.base_width),
@@ -207,6 +212,7 @@ MODELS = {
             SHARED,
             width=32,  # hidden channels
             blocks=8,  # of two 3 x 3 convolutions
+            **GRID,
             view="channel",  # channel | spatial | decoupled: which matrix of a kernel is structured
         ),
         check=check_resnet,

@@ -45,7 +45,9 @@ def check_view(m: Any) -> None:
 def build_unet(config: Any, features: int, padding: str) -> UNet:
     """The module."""
     fields = {name: config.model[name] for name in ("width", "depth", "residual", "view")}
-    return UNet(features, padding=padding, dtype=jnp.dtype(config.model.dtype), **fields)
+    return UNet(
+        features, padding=padding, grid=config.model.get("grid", False), dtype=jnp.dtype(config.model.dtype), **fields
+    )
 
 
 def unet_positions(depth: int, side: int) -> Callable[[str], int]:
