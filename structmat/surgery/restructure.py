@@ -61,7 +61,7 @@ def restructured(
     """A model on one device with other structures at the sites that rules match: `reassign` and `restructure` in one.
 
     Args:
-      variables: collections `params` and `frozen` of the model. example: what it is called on, shapes are enough.
+      variables: collections `params` and, if any, `frozen` of the model. example: what it is called on, shapes are enough.
       key: for families that draw a support.
 
     Returns:
@@ -72,7 +72,9 @@ def restructured(
     """
     after = reassign(model, rules, *example)
     template = nn.unbox(jax.eval_shape(after.init, jax.random.key(0), *example))
-    return after, *restructure(sites(model, *example), sites(after, *example), variables, template, key)
+    whole = lambda held: {"params": {}, "frozen": {}, **held}
+    before = sites(model, *example)
+    return after, *restructure(before, sites(after, *example), whole(variables), whole(template), key)
 
 
 def restructure(

@@ -152,12 +152,12 @@ def test_complex_parameters_count_twice_and_flops_add_up(folder):
     assert task.flops() == n * n * flops + 8 * spectral + 2 * of_pair * w * (n + kept)
 
     task = validate(small(folder, "unet"))
-    at_top, below = 9 * (1 * w + w * w + 2 * w * w + 2 * w * w + w * w) + w, 9 * (2 * w * w + 4 * w * w)
+    at_top, below = 9 * (3 * w + w * w + 2 * w * w + 2 * w * w + w * w) + w, 9 * (2 * w * w + 4 * w * w)
     assert task.flops() == 2 * (n * n * at_top + (n // 2) ** 2 * below)
 
     task = validate(small(folder, "resnet"))
-    assert task.flops() == 2 * n * n * (9 * (w + 2 * w * w) + w)
-    assert task.params == 9 * (w + 2 * w * w) + 3 * w + 3 * 2 * w + w + 1
+    assert task.flops() == 2 * n * n * (9 * (3 * w + 2 * w * w) + w)
+    assert task.params == 9 * (3 * w + 2 * w * w) + 3 * w + 3 * 2 * w + w + 1
 
 
 def test_padding_is_multiplied_in_the_layers_alone(folder):
