@@ -24,7 +24,7 @@ def with_model(config: ConfigDict, structure: str, **model: Any) -> ConfigDict:
 
 def params_of(config: ConfigDict) -> int:
     """Parameters of the whole model."""
-    return validate(config).params
+    return validate(config, devices=1).params
 
 
 def dense_small(config: ConfigDict, params: int) -> ConfigDict | None:
@@ -61,7 +61,7 @@ def of_share(config: ConfigDict, text: str, params: int, precision: float = 1 / 
     """
     at = lambda share: with_model(config, text.format(share=round(share, 6)))
 
-    dense = validate(with_model(config, "dense()"))
+    dense = validate(with_model(config, "dense()"), devices=1)
     kinds = {path: site.kind for path, site in dense.table.items()}
 
     def fits(steps: int) -> bool:

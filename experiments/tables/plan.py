@@ -136,8 +136,8 @@ def arms_of(table: Table, scale: str) -> tuple[tuple[Arm, ConfigDict], ...]:
 def _size(table: Table, dense: ConfigDict, reference: ConfigDict) -> int:
     """Parameters of the model that the baselines match."""
     if table.share is None:
-        return ended(reference, validate(reference)).params
-    task = validate(dense)
+        return ended(reference, validate(reference, devices=1)).params
+    task = validate(dense, devices=1)
     entries = sum(site.bound.dense_params for site in task.table.values() if site.kind == "linear")
     return task.params - round((1 - table.share) * entries)
 

@@ -99,7 +99,7 @@ def cost_of(config: ConfigDict) -> Cost:
 @functools.cache
 def _cost_of(text: str) -> Cost:
     config = ConfigDict(json.loads(text))
-    task = ended(config, validate(config))
+    task = ended(config, validate(config, devices=1))
     sites = task.table.values()
     rest = task.params - sum(site.bound.params for site in sites)
     bits = sum(site.bound.cost(1).bits for site in sites) + 32 * rest

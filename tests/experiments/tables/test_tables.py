@@ -200,7 +200,7 @@ def test_names_and_fields_are_checked(monkeypatch):
 def test_every_table_is_valid_at_cpu_scale(name):
     arms = planning.arms_of(TABLES[name], "cpu")
     for _, config in arms[:1] + arms[3:]:
-        validate(config)
+        validate(config, devices=1)
 
 
 def test_arms_that_switch_are_sized_as_they_are_evaluated(monkeypatch):
