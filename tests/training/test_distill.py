@@ -207,29 +207,24 @@ def test_a_run_without_weights_is_the_plain_run(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("more", ["; 8: layers_.*/mlp/.* -> dense()", "; end: layers_.*/mlp/.* -> dense()"])
-def test_scanned_layers_in_bfloat16_on_a_mesh_in_parts_of_a_batch(more, tmp_path):
-    """Killed before, between and after its switches a run ends with the same bits; one teacher serves until the end."""
-    exact = "low_rank(rank=16)"
-    config = small_lm(
-        write_corpus(tmp_path / "corpus"), switch=f"6: layers_1/mlp/.* -> {exact}{more}", method="distill()"
-    )
+def test_scanned_layers_in_bfloat16_on_a_mesh_in_parts_of_a_batch(tmp_path):
+    """Killed before its switch and after it a run ends with the same bits; one teacher serves until the end."""
+    stages = "6: layers_1/mlp/.* -> low_rank(rank=16); end: layers_.*/mlp/.* -> dense()"
+    config = small_lm(write_corpus(tmp_path / "corpus"), switch=stages, method="distill()")
     config.update(accumulate=2)
     config.model.update(layers=3, dtype="bfloat16", remat="full", dropout=0.1)
     config.mesh.update(data=2, fsdp=2, tensor=2)
     config.checkpoint.update(every=2, keep=9)
-    if "end" not in more:
-        config.switch = config.switch.replace(exact, "monarch(blocks=2)")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.train(config, whole)
-    for when in (7, 9, 11):
+    for when in (5, 9):
         with pytest.raises(Killed):
             loop.train(config, parts, on_step=kill_at(when))
     loop.train(config, parts)
     assert array_sums(parts) == array_sums(whole)
     assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert sums_at(whole, 6, "params") == sums_at(whole, 8, "teacher/params") == sums_at(whole, 10, "teacher/params")
-    assert bool(sums_at(whole, 12, "teacher")) == ("end" not in more)
+    assert not sums_at(whole, 12, "teacher")
     rows = [row for row in read_metrics(whole) if row["step"] > 6 and "loss" in row]
     assert len(rows) == 6 and all(0 <= row["distill_features"] < 1 for row in rows)
     assert sum(row["distill_features"] for row in rows) > 0
