@@ -6,7 +6,7 @@
 #
 # A Fourier neural operator multiplies the low frequencies of a field by one matrix per frequency. These matrices form a tensor
 # (frequencies x channels x channels), most of the parameters, and any structure can hold it. The data comes from the repository's
-# own pseudo-spectral solver of the Navier-Stokes equations on a torus. Grids here are small, so that all of it takes a minute.
+# own pseudo-spectral solver of the Navier-Stokes equations on a torus. Grids here are small: two cores are enough.
 
 # %%
 # setup

@@ -48,7 +48,7 @@ COMPRESSION = Table(
         *(
             Claim(
                 f"{fmt} with a tenth of the weights is at most 0.021 behind dense",
-                "our bar: 1.3 times the error a pilot had",
+                "our bar",
                 f"{fmt}, 10x",
                 DENSE,
                 within=0.021,

@@ -23,7 +23,7 @@ SCANS = {
 ZERO_FILLED, CG = "SENSE", "CG-SENSE"
 MSENSE, UNET = "mSENSE", "U-Net"
 WIDTH = {"unet": {"model.width": 8, "mup.base_width": 8}}
-"""Half the config's, which takes minutes at cpu scale."""
+"""Half the config's."""
 
 
 def model(argument: str, scans: int) -> Changes:

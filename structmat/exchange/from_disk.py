@@ -23,8 +23,8 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from structmat.training import manifest
-from structmat.training.checkpoint import HASH_LIMIT, CheckpointError
-from structmat.training.checksum import SALTS, _mix, finish
+from structmat.training.checkpoint import HASH_LIMIT, CheckpointError, nest
+from structmat.training.checksum import finish, salted
 
 PIECE = 32 << 20
 """Bytes of a piece on disk: several are in memory at once, compressed, while they are written."""
@@ -106,7 +106,7 @@ def save(workdir: str | Path, step: int, arrays: Mapping[str, np.ndarray], extra
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with context, _quiet():
-            ocp.save(target, _nest({n: x for n, x in arrays.items() if x.size}), overwrite=True)
+            ocp.save(target, nest({n: x for n, x in arrays.items() if x.size}), overwrite=True)
         manifest.write(target, step, described, _json_values(extra), HASH_LIMIT)
         target.rename(folder / str(step))
     except (OSError, ValueError) as error:
@@ -175,15 +175,4 @@ def _words(flat: np.ndarray, part: int) -> np.ndarray:
 @jax.jit
 def _sums(words: jax.Array, offset: jax.Array) -> jax.Array:
     position = offset + jnp.arange(words.size, dtype=jnp.uint32)
-    return jnp.stack([jnp.sum(_mix(words ^ _mix(position + np.uint32(s))), dtype=jnp.uint32) for s in SALTS])
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return tree
+    return salted(words, position)

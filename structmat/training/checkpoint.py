@@ -115,7 +115,7 @@ class Checkpointer:
         try:
             if self._primary:
                 self._remove_unfinished()
-            response = ocp.save_async(target, _nest({n: x for n, x in arrays.items() if x.size}), overwrite=True)
+            response = ocp.save_async(target, nest({n: x for n, x in arrays.items() if x.size}), overwrite=True)
         except Exception as e:
             raise CheckpointError(f"step {step} was not saved in {self.folder}: {type(e).__name__}: {e}") from e
         self._pending = self._pool.submit(self._finish, int(step), response, target, described, sums, extra)
@@ -266,7 +266,7 @@ class Checkpointer:
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
         abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in wanted.items()}
-        stored = _nest({n: x for n, x in abstract.items() if x.size})
+        stored = nest({n: x for n, x in abstract.items() if x.size})
         try:
             with context:
                 loaded = ocp.load(self.folder / str(step), stored) if stored else {}
@@ -325,7 +325,7 @@ def _named_leaves(tree: Any, types: tuple[type, ...]) -> dict[str, Any]:
     return named
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Slash paths as nested dicts: what is stored does not depend on which containers held it."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():

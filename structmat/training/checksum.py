@@ -49,7 +49,7 @@ def _sums(x: jax.Array) -> jax.Array:
     position = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
         position = position * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.stack([jnp.sum(_mix(words ^ _mix(position + np.uint32(s))), dtype=jnp.uint32) for s in SALTS])
+    return salted(words, position)
 
 
 def _words(x: jax.Array) -> jax.Array:
@@ -60,6 +60,11 @@ def _words(x: jax.Array) -> jax.Array:
         return jnp.stack([_words(jax.lax.real(x)), _words(jax.lax.imag(x))])
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+def salted(words: jax.Array, position: jax.Array) -> jax.Array:
+    """uint32 [len(SALTS)]: the sum over words, modulo 2**32, of a hash of each with its place, once for every salt."""
+    return jnp.stack([jnp.sum(_mix(words ^ _mix(position + np.uint32(s))), dtype=jnp.uint32) for s in SALTS])
 
 
 def _mix(h: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import pytest
 from structmat.exchange import from_disk
 from structmat.optim import OPTIMIZERS, make_optimizer
 from structmat.training import checksum
-from structmat.training.checkpoint import Checkpointer, CheckpointError
+from structmat.training.checkpoint import Checkpointer, CheckpointError, nest
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -54,9 +54,7 @@ def saved(tmp_path, monkeypatch):
 
 def template():
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return from_disk._nest(
-        {n: jax.ShapeDtypeStruct(a.shape, jnp.dtype(a.dtype), sharding=place) for n, a in ARRAYS.items()}
-    )
+    return nest({n: jax.ShapeDtypeStruct(a.shape, jnp.dtype(a.dtype), sharding=place) for n, a in ARRAYS.items()})
 
 
 def test_what_is_saved_is_restored_and_read_singly(saved):
