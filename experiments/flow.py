@@ -2,9 +2,9 @@
 
     python -m experiments.flow --runs=runs/fno,runs/tfno,runs/monarch --out=results/flow
 
-Each run is one of the task navier_stokes, all on the same data. The operator that leads from time 0 to T leads from T to 2 T
-as well, since the forcing is steady: applied again to its own output it is compared with the solver at `--later` multiples
-of T. Writes a Record, a table and pictures of fields, spectra and errors in time.
+Each run is one of the task navier_stokes, all on the same data. The operator that leads from `data.start` to `data.time`
+leads as far again from there, since the forcing is steady: applied again to its own output it is compared with the solver
+`--later` times that far. Writes a Record, a table and pictures of fields, spectra and errors in time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -29,20 +28,19 @@ from experiments.own_flags import OwnFlags
 from structmat.analysis.field_pictures import error_in_time, field_spectra, predicted_fields
 from structmat.analysis.fields import error_growth, relative_h1, relative_l2
 from structmat.analysis.pages import page_of
-from structmat.data.pde import navier_stokes_set
 from structmat.training.errors import RunError
 from structmat.training.load import Run, load_run
 from structmat.training.record import Record
-from structmat.training.tasks.navier_stokes import scales, solutions
+from structmat.training.tasks.navier_stokes import scales, solutions, trajectories
 from structmat.training.tasks.operator_models import MODELS
 
 flags = OwnFlags()
 RUNS = flags.DEFINE_list("runs", [], "Folders of runs; the last part of each is its name.")
-LATER = flags.DEFINE_integer("later", 3, "Multiples of the trained time to go on to.", lower_bound=2)
+LATER = flags.DEFINE_integer("later", 3, "How many times the way from data.start to data.time to go.", lower_bound=2)
 SHOWN = flags.DEFINE_integer("shown", 2, "Held-out samples in the pictures of fields.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "results/flow", "Folder to write to.")
 
-SAME = ("seed", "resolution", "viscosity", "time", "dt", "train", "test", "solve_resolution")
+SAME = ("seed", "resolution", "viscosity", "start", "time", "dt", "train", "test", "solve_resolution")
 """Fields of `config.data` that runs must share."""
 
 
@@ -72,7 +70,7 @@ def runs_of(folders: list[str]) -> dict[str, Run]:
 
 
 def operator(run: Run, scale: list[np.float64]) -> Callable[[np.ndarray], np.ndarray]:
-    """Vorticity (samples, n, n) -> the run's prediction of it after the trained time."""
+    """Vorticity (samples, n, n) -> the run's prediction of it from `data.start` to `data.time`."""
     one = jax.jit(lambda x: run.task.model.apply(run.variables, x[None, ..., None])[0, ..., 0])
 
     def apply(fields: np.ndarray) -> np.ndarray:
@@ -82,33 +80,24 @@ def operator(run: Run, scale: list[np.float64]) -> Callable[[np.ndarray], np.nda
     return apply
 
 
-def later_fields(data: ConfigDict, later: int) -> np.ndarray:
-    """(test, later, n, n): the solver's vorticity of the held-out samples at 1 .. later times the trained time."""
-    solved = navier_stokes_set(
-        data.seed, data.test, data.resolution, data.viscosity, later * data.time, data.dt, snapshots=later,
-        solve_resolution=data.solve_resolution or max(data.fine, data.resolution), folder=data.folder or None,
-    )  # fmt: skip
-    return solved.outputs
-
-
 def measure(name: str, run: Run, later: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Figures of one run over its held-out samples, and the arrays of its pictures.
 
     Returns:
       A row: parameters, errors on the trained grid in L2 and H1, in L2 on twice the grid (None where the model is bound to
-      its own), mean L2 error at each multiple of the trained time, and the rate d log(error) / d time of those; and `truth`
-      and `predicted` (test, later, n, n) with `errors` (test, later).
+      its own), mean L2 error after each multiple of the way that was trained, and the rate d log(error) / d time of those; and `truth`
+      and `predicted` (test, later, n, n) with `errors` (test, later) and `times` (later,).
     """
     d = run.config.data
     solved = solutions(d)
     own = solved.at(d.resolution)
     apply = operator(run, scales(own, d.test))
-    truth, fields, found = later_fields(d, later), own.inputs[: d.test], []
+    ahead, fields, found = trajectories(d, d.test, d.resolution, later), own.inputs[: d.test], []
     for _ in range(later):
         fields = apply(fields)
         found.append(fields)
     predicted = np.stack(found, 1).astype(np.float32)
-    growth = error_growth(jnp.asarray(predicted), jnp.asarray(truth), d.time * np.arange(1, later + 1))
+    growth = error_growth(jnp.asarray(predicted), jnp.asarray(ahead.outputs), ahead.times)
     target = jnp.asarray(own.outputs[: d.test, 0])
     mean = lambda error: float(jnp.mean(error))
     finer = None
@@ -126,13 +115,14 @@ def measure(name: str, run: Run, later: int) -> tuple[dict[str, Any], dict[str, 
         "later": [float(e) for e in errors.mean(0)],
         "rate": mean(growth.rate),
     }
-    return row, {"truth": truth, "predicted": predicted, "errors": errors}
+    return row, {"truth": ahead.outputs, "predicted": predicted, "errors": errors, "times": ahead.times}
 
 
 def table(rows: list[dict[str, Any]], data: dict[str, Any], style: box.Box) -> Table:
     """One line per run."""
     later, fine = len(rows[0]["later"]), max(data["fine"], data["resolution"])
-    times = [f"L2 at t = {data['time'] * k:g}" for k in range(2, later + 1)]
+    way = data["time"] - data["start"]
+    times = [f"L2 at t = {data['start'] + way * k:g}" for k in range(2, later + 1)]
     made = Table(
         "run", "parameters", "L2", "H1", f"L2 at {fine} x {fine}", *times, "growth per unit of time", box=style
     )
@@ -178,7 +168,7 @@ def main() -> None:
     truth = next(iter(found.values()))[1]["truth"]
     spectra = {"solver": truth[:, 0]} | {name: arrays["predicted"][:, 0] for name, (_, arrays) in found.items()}
     field_spectra(spectra).savefig(out / "spectra.png", dpi=80)
-    times = data.time * np.arange(1, LATER.value + 1)
+    times = next(iter(found.values()))[1]["times"]
     errors = {name: arrays["errors"] for name, (_, arrays) in found.items()}
     error_in_time(times, errors).savefig(out / "growth.png", dpi=80)
     for name, (_, arrays) in found.items():

@@ -27,7 +27,7 @@ from structmat.training.tasks import TASKS
 DTYPES = ("float32", "bfloat16")
 FREE = ("mesh", "accumulate", "checkpoint", "log_every", "max_skips", "profile")
 """Fields a resumed run may change; all others decide what is learned."""
-LATER = {"shift": 0, "rotation": 0.0}
+LATER = {"shift": 0, "rotation": 0.0, "start": 0.0}
 """Fields of `data` that came after runs were stored by their content, with the value at which a run is as it was before."""
 
 

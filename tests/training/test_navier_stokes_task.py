@@ -80,6 +80,27 @@ def test_batches_are_scaled_samples_and_the_held_out_are_others(folder):
     assert source.reference["mean_field"] == pytest.approx(np.mean(off), rel=1e-5)
 
 
+def test_inputs_of_a_later_time_are_the_flow_there(folder):
+    config = small(folder)
+    config.data.update(start=0.2, time=0.6)
+    later = validate(config).load()
+    here = {}
+    for time in (0.2, 0.6):
+        config.data.update(start=0.0, time=time)
+        here[time] = next(validate(config).load().heldout())["y"][:5]
+    test = next(later.heldout())
+    for name, time in (("x", 0.2), ("y", 0.6)):
+        ratio = test[name][:5].reshape(5, 8, 8) / here[time]
+        assert np.ptp(ratio) < 1e-4 * ratio.mean(), name  # but for the scale
+    assert ", from time 0.2" in later.description
+    config.data.update(start=0.2, time=0.6)
+    ahead = navier_stokes.trajectories(config.data, 5, 8, 2)
+    config.data.update(start=0.0, time=1.0)
+    own = navier_stokes.trajectories(config.data, 5, 8)
+    assert ahead.times == pytest.approx([0.6, 1.0])
+    np.testing.assert_allclose(ahead.outputs[:, 1], own.outputs[:, 0], atol=1e-5)
+
+
 def test_held_out_samples_stay_when_others_come(folder):
     config = small(folder)
     fewer = validate(config).load()
@@ -207,6 +228,9 @@ WRONG = [
     ("fno", "data.viscosity", 0.0),
     ("fno", "data.time", -1.0),
     ("fno", "data.dt", 0.3),
+    ("fno", "data.start", 0.2),
+    ("fno", "data.start", 0.5),
+    ("fno", "data.start", -0.25),
     ("fno", "data.train", 0),
     ("fno", "data.test", 0),
     ("fno", "data.loss", "l3"),

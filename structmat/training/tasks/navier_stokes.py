@@ -1,7 +1,8 @@
-"""Flow on the torus: from the vorticity at time 0 to the vorticity at `data.time`, by an operator on a periodic grid."""
+"""Flow on the torus: from the vorticity at `data.start` to that at `data.time`, by an operator on a periodic grid."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,7 +39,8 @@ def defaults(model: str = "fno") -> dict[str, Any]:
             solve_resolution=0,  # of the solver, of which `resolution` keeps every so many; 0 is the finest that is kept
             fine=0,  # points a side of a second, finer grid to evaluate on, a multiple of `resolution`; 0 is none
             viscosity=1e-3,
-            time=8.0,
+            start=0.0,  # time of the inputs, a divisor of `time`; 0 is the random fields themselves
+            time=8.0,  # of the outputs
             dt=1e-3,  # of the solver
             train=240,  # samples
             test=60,  # samples held out, the same for any number of others
@@ -74,8 +76,11 @@ def check(config: Any) -> None:
     if d.solve_resolution % _finest(d):
         rule = f"must be 0 or a multiple of the finest grid that is kept, {_finest(d)}"
         raise ConfigError("data.solve_resolution", d.solve_resolution, rule, f"{2 * _finest(d)} is")
+    if d.start and not (0 < d.start < d.time and np.isclose(d.time / d.start % 1, (0, 1), rtol=0, atol=1e-6).any()):
+        rule = f"must be 0, or the time of a snapshot on the way to data.time={d.time:g}: a divisor of it"
+        raise ConfigError("data.start", d.start, rule, f"{d.time / 2:g} is")
     try:
-        steps_between(d.time, d.dt, 1)
+        steps_between(d.time, d.dt, round(d.time / d.start) if d.start else 1)
     except DataError as error:
         raise ConfigError("data.dt", d.dt, str(error)) from None
     if d.loss not in NORMS:
@@ -163,8 +168,25 @@ def load(config: Any) -> Source:
 
 def solutions(d: Any) -> FieldSet:
     """All samples of `config.data`, held-out ones first, on the finest grid that is kept."""
-    options = dict(solve_resolution=d.solve_resolution or None, folder=d.folder or None)
-    return navier_stokes_set(d.seed, d.test + d.train, _finest(d), d.viscosity, d.time, d.dt, **options)
+    return trajectories(d, d.test + d.train, _finest(d))
+
+
+def trajectories(d: Any, samples: int, resolution: int, later: int = 1) -> FieldSet:
+    """The first samples of `config.data`: inputs at `data.start`, outputs at 1 .. `later` times the way from there to
+    `data.time`."""
+    way = d.time - d.start
+    snapshots = round((d.start + later * way) / d.start) if d.start else later
+    options = dict(solve_resolution=d.solve_resolution or _finest(d), folder=d.folder or None)
+    solved = navier_stokes_set(
+        d.seed, samples, resolution, d.viscosity, d.start + later * way, d.dt, snapshots, **options
+    )
+    if not d.start:
+        return solved
+    every = round(way / d.start)
+    inputs, outputs = solved.outputs[:, 0], solved.outputs[:, every::every]
+    said = f"{solved.description}, from time {d.start:g}"
+    parts = dict(inputs=inputs, outputs=outputs, times=solved.times[every::every])
+    return dataclasses.replace(solved, **parts, sha256=content_hash(inputs, outputs), description=said)
 
 
 def scales(own: FieldSet, test: int) -> list[np.float64]:
