@@ -55,7 +55,6 @@ MEANINGS = {
     "data.inputs": "numbers of an example",
     "data.coils": "of the scanner, each with an image of its own",
     "data.viscosity": "of the fluid",
-    "data.time": "from the given field to the one that is learned",
 }
 """Fields whose declaration carries no comment."""
 

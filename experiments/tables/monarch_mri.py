@@ -22,8 +22,14 @@ SCANS = {
 }
 ZERO_FILLED, CG = "SENSE", "CG-SENSE"
 MSENSE, UNET = "mSENSE", "U-Net"
-WIDTH = {"unet": {"model.width": 8, "mup.base_width": 8}}
-"""Half the config's."""
+SIDES = (("cpu", 64), ("gpu", 256))
+READING = (
+    "dense and low rank are mSENSE at 2x with such matrices for transforms, which start at the DFT and at its projection. SENSE "
+    "is one step, what mSENSE starts from; CG-SENSE iterates, with its weight and iterations tuned on the training scans. Every "
+    "seed has a scanner, training scans and test scans of its own."
+)
+WIDTH = {"cpu": 8, "gpu": 32}
+"""Of the U-Net, by scale."""
 
 
 def model(argument: str, scans: int) -> Changes:
@@ -35,8 +41,16 @@ def model(argument: str, scans: int) -> Changes:
         "mup.base_width": config.mup.base_width,
         "data.train": scans,
         "batch": scans,
-        **WIDTH.get(argument, {}),
+        **(_wide("cpu") if argument == "unet" else {}),
     }
+
+
+def _wide(scale: str) -> Changes:
+    return {"model.width": WIDTH[scale], "mup.base_width": WIDTH[scale]}
+
+
+AT = {"msense": {"gpu": {"structure": "monarch(blocks=16)"}}, "unet": {"gpu": _wide("gpu")}}
+"""Further changes: slice rank 1 at side 256, and the U-Net's width there."""
 
 
 def _by_acceleration() -> tuple[Arm, ...]:
@@ -45,15 +59,22 @@ def _by_acceleration() -> tuple[Arm, ...]:
         changes = {**model("msense", 5), "data.acceleration": acceleration}
         first, times = acceleration == next(iter(ACCELERATIONS)), f", {acceleration:g}x"
         arms += [
-            Arm(MSENSE + times, changes, tuned_with="" if first else f"{MSENSE}, 2x", paper=dict(zip(COLUMNS, msense))),
+            Arm(
+                MSENSE + times,
+                changes,
+                tuned_with="" if first else f"{MSENSE}, 2x",
+                paper=dict(zip(COLUMNS, msense)),
+                at=AT["msense"],
+            ),
             Arm(
                 ZERO_FILLED + times,
                 changes,
                 tuned_with=f"{MSENSE}, 2x",
                 paper=dict(zip(COLUMNS, sense)),
+                at=AT["msense"],
                 reference="zero_filled",
             ),
-            Arm(CG + times, changes, tuned_with=f"{MSENSE}, 2x", reference="cg_sense"),
+            Arm(CG + times, changes, tuned_with=f"{MSENSE}, 2x", at=AT["msense"], reference="cg_sense"),
         ]
     return tuple(arms)
 
@@ -74,7 +95,7 @@ RISING = Table(
     name="monarch_mri",
     title="mSENSE, a SENSE that learns its Fourier transforms as Monarch factors, at rising accelerations",
     citation=f"{CITATION}, Table 4. Its first acceleration is 2x; the others rise, and their values are not known to us",
-    bases={"cpu": "scans"},
+    bases={"cpu": "scans", "gpu": "scans"},
     arms=_by_acceleration(),
     reference=f"{MSENSE}, 2x",
     columns=COLUMNS,
@@ -83,12 +104,8 @@ RISING = Table(
         Claim("at 2x Monarch transforms beat low-rank ones", "our ablation", f"{MSENSE}, 2x", LOW_RANK),
     ),
     remarks={
-        "cpu": (
-            "dense and low rank are mSENSE at 2x with such matrices for transforms, which start at the DFT and at its "
-            "projection. SENSE is one step, what mSENSE starts from; CG-SENSE iterates, with its weight and iterations tuned "
-            "on the training scans. Random ellipses of side 64 take the place of the paper's scans; every seed has a scanner, "
-            "training scans and test scans of its own.",
-        )
+        scale: (f"{READING} Random ellipses of side {side} take the place of the paper's scans.",)
+        for scale, side in SIDES
     },
 )
 
@@ -98,8 +115,8 @@ def _few() -> tuple[Arm, ...]:
     for scans, (unet, msense) in SCANS.items():
         for method, argument, figure in ((MSENSE, "msense", msense), (UNET, "unet", unet)):
             own, tuned = f"{method}, {scans}", f"{method}, 5"
-            paper = {"psnr_1": figure}
-            arms.append(Arm(own, model(argument, scans), tuned_with="" if own == tuned else tuned, paper=paper))
+            tuned, paper = "" if own == tuned else tuned, {"psnr_1": figure}
+            arms.append(Arm(own, model(argument, scans), tuned_with=tuned, paper=paper, at=AT[argument]))
     return tuple(arms)
 
 
@@ -107,7 +124,7 @@ FEW = Table(
     name="monarch_mri_few",
     title="mSENSE against a U-Net that learns from few scans",
     citation=f"{CITATION}, Table 5, at 2x, from four rising numbers of scans, whose values are not known to us",
-    bases={"cpu": "scans"},
+    bases={"cpu": "scans", "gpu": "scans"},
     arms=_few(),
     reference=f"{MSENSE}, 5",
     columns={"psnr_1": COLUMNS["psnr_1"]},
@@ -117,7 +134,9 @@ FEW = Table(
         for figure, metric in (("pSNR", "psnr_1"), ("SSIM", "ssim_1"))
         for names in [(f"{MSENSE}, {scans}", f"{UNET}, {scans}")]
     ),
-    remarks={"cpu": ("The numbers behind the names are of training scans. See monarch_mri for the data.",)},
+    remarks={
+        scale: ("The numbers behind the names are of training scans. See monarch_mri for the data.",) for scale in WIDTH
+    },
 )
 
 TABLES = (RISING, FEW)

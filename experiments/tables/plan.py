@@ -158,7 +158,7 @@ def changed(config: ConfigDict, changes: Mapping[str, Any], place: str) -> Confi
                 raise TableError(f"{place}: no field {field!r} in the config")
         if last not in node:
             raise TableError(f"{place}: no field {field!r} in the config")
-        node[last] = value
+        node[last] = ConfigDict(value.to_dict()) if isinstance(value, ConfigDict) else value
     return own
 
 

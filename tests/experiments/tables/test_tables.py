@@ -49,6 +49,10 @@ TABLE = Table(
 )
 
 
+OWN_AT_GPU = ("sltrain", "monarch_flow", "monarch_mri", "monarch_mri_few", "mg_tfno")
+"""Tables with changes of their own at gpu scale; to size the others' models takes long."""
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """Runs made, by label; a run's loss is 0.1 worse per seed and 0.5 worse for low rank, and rate 0.5 diverges."""
@@ -156,6 +160,12 @@ def test_a_family_that_diverges_at_every_rate(trained, tmp_path, monkeypatch):
         run_table(TABLE, "cpu", Store(tmp_path, "cpu"), tmp_path / "runs", 60)
 
 
+def test_arms_share_no_part_of_their_configs():
+    common = default("digits").model
+    one, two = (planning.changed(small(), {"model": common, "model.width": width}, "here") for width in (4, 8))
+    assert (one.model.width, two.model.width, common.width) == (4, 8, default("digits").model.width)
+
+
 def test_keys_know_content_only():
     one, two = small(), small()
     assert key_of(one) == key_of(two)
@@ -196,10 +206,9 @@ def test_names_and_fields_are_checked(monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", TABLES)
-def test_every_table_is_valid_at_cpu_scale(name):
-    arms = planning.arms_of(TABLES[name], "cpu")
-    for _, config in arms[:1] + arms[3:]:
+@pytest.mark.parametrize(("name", "scale"), [(n, "cpu") for n in TABLES] + [(n, "gpu") for n in OWN_AT_GPU])
+def test_every_table_is_valid_at_our_scales(name, scale):
+    for _, config in planning.arms_of(TABLES[name], scale):
         validate(config, devices=1)
 
 
