@@ -20,6 +20,8 @@ CITATION = (
     "versions 3 (LLaMA-1.3B, 18.7% of the parameters trainable) and 1 (OPT-125M)"
 )
 RANK = 16
+CUT = 32
+"""Rank that trained weights are cut to."""
 ADAPTER = f"frozen(dense()) + low_rank(rank={RANK})"
 RIVALS = (LOW_RANK, "lora", "relora")
 
@@ -90,6 +92,13 @@ SST = Table(
             {"structure": ADAPTER},
             note=f"a low-rank term of rank {RANK} from zero beside the frozen dense initialisation",
         ),
+        Arm(
+            "sst, cut",
+            {"structure": f"sst(rank={RANK})", "method": "sst(every=25, warmup=5)", "switch": f"end: low_rank(rank={CUT})"},
+            tuned_with="sst",
+            note=f"cut to rank {CUT} after training, as `dense, cut`",
+        ),
+        Arm("dense, cut", {"switch": f"end: low_rank(rank={CUT})"}, tuned_with=DENSE),
         Arm("relora", {"structure": ADAPTER, "method": "relora(every=25, warmup=5)"}),
     ),
     reference="sst",
@@ -106,6 +115,7 @@ SST = Table(
         Claim("drawing by the mixed law beats drawing alike", "the paper's ablation", "sst", "sst, uniform"),
         Claim("drawing by the mixed law beats taking turns", "the paper's ablation", "sst", "sst, sequential"),
         Claim("taking the SVD anew helps", "our ablation", "sst", "sst, no renewal"),
+        Claim("cut to low rank SST keeps more than dense", "the paper's pruning of singular values", "sst, cut", "dense, cut"),
     ),
     extra=summary,
 )  # fmt: skip
