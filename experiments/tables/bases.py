@@ -150,7 +150,7 @@ def c4_60m() -> ConfigDict:
 
 def _scans(make: Callable[[], ConfigDict]) -> Base:
     others = ("psnr_2", "ssim_1", "ssim_2")
-    return Base(make, "psnr_1", lower=False, others=others, reseeded=("data.seed",), rates=(0.3, 1.0, 3.0))
+    return Base(make, "psnr_1", lower=False, others=others, seeds=5, reseeded=("data.seed",), rates=(0.3, 1.0, 3.0))
 
 
 BASES: dict[tuple[str, str], Base] = {
