@@ -104,8 +104,8 @@ class FNO(nn.Module):
       grid: whether the coordinates of each point, in [0, 1), are appended to its channels. Without them the operator
         commutes with shifts of the grid.
       levels, margin: of multi-grid patches (structmat.models.multigrid): 2^levels per axis, the margin a fraction of the
-        whole side. The layers see patches, with their own coordinates; the output is stitched. Under a mesh the patches
-        are split as the batch is.
+        whole side. The layers see patches, whose windows have their coordinates in the domain; the output is stitched.
+        Under a mesh the patches are split as the batch is.
       padding: for fields that are not periodic: zeros on either side of every axis between the lift and the projection, this
         fraction of the side, so that what leaves a layer at one end does not enter at the other. Not with levels or margin,
         which read the domain as a torus.
@@ -140,9 +140,9 @@ class FNO(nn.Module):
             raise ValueError(
                 f"padding={self.padding} is for a domain with ends, levels={self.levels} and margin={self.margin} for a torus"
             )
+        x = with_coordinates(x) if self.grid else x  # of the domain: a patch knows where it is
         x = patch(x, self.levels, margins) if cut else x
         x = nn.with_logical_constraint(x, ("batch", *(None,) * axes, "features")).astype(self.dtype)
-        x = with_coordinates(x) if self.grid else x
         own = dict(structures=self.structures, dtype=self.dtype)
         x = pointwise(x, "lift_up", 2 * self.width, axes=("features", "mlp"), kind="conv", **own)
         x = pointwise(nn.gelu(x), "lift_down", self.width, axes=("mlp", "embed"), **own)

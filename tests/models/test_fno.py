@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from structmat.models.fno import FNO, with_coordinates
+from structmat.models.coordinates import with_coordinates
+from structmat.models.fno import FNO
 from structmat.models.multigrid import patch, stitch
 from structmat.nn import assign, site_params, sites
 from structmat.parallel import make_mesh, on_mesh
@@ -175,6 +176,16 @@ def test_sizes_are_checked():
             jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 16, 1)))
 
 
+def test_patches_know_where_they_are():
+    """Of a constant field the four patches are alike but for their place, which a force that is not the same everywhere
+    makes them need."""
+    x = np.ones((1, 16, 16, 1), np.float32)
+    for grid in (True, False):
+        model = FNO(width=4, layers=1, modes=(3, 3), levels=1, grid=grid)
+        cut = patch(model.apply(drawn(model, x), x), 1)
+        assert cut.shape[0] == 4 and bool(jnp.ptp(cut, axis=0).max() > 1e-3) is grid
+
+
 @pytest.mark.long
 def test_patches_split_over_a_mesh():
     """Layers act on patches, whose stitched output and gradients are those of one device."""
@@ -182,7 +193,7 @@ def test_patches_split_over_a_mesh():
     fields = dict(width=4, layers=1, modes=(3, 3))
     model, plain = FNO(**fields, levels=1, margin=0.125), FNO(**fields)
     variables = drawn(model, x)
-    expected = stitch(plain.apply(variables, patch(x, 1, (1, 2))), 1, (1, 2))
+    expected = stitch(plain.clone(grid=False).apply(variables, patch(with_coordinates(x), 1, (1, 2))), 1, (1, 2))
     close(model.apply(variables, x), expected)
     loss = lambda v, x: jnp.sum(jnp.sin(model.apply(v, x)))
     gradient = jax.grad(loss)(variables, x)
