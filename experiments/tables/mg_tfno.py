@@ -36,11 +36,15 @@ FEWER = tuple(
     )
     for arm in (Arm(DENSE, {"structure": "dense()"}), *TEN, SMALLER[1])
 )
+CUT = {"model.levels": 1, "model.margin": 0.125}
 PATCHES = (
     Arm(
-        "dense, patches", {"model.levels": 1}, tuned_with=DENSE, note="four patches, each with a coarse view around it"
+        "dense, patches",
+        CUT,
+        tuned_with=DENSE,
+        note="four patches, each with a margin of an eighth of the side and a coarse view around it",
     ),
-    Arm("Tucker, 10x, patches", {**weights("Tucker", 10), "model.levels": 1}, tuned_with="Tucker, 10x"),
+    Arm("Tucker, 10x, patches", {**weights("Tucker", 10), **CUT}, tuned_with="Tucker, 10x"),
 )
 
 COMPRESSION = Table(
