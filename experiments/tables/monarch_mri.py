@@ -114,9 +114,8 @@ def _few() -> tuple[Arm, ...]:
     arms = []
     for scans, (unet, msense) in SCANS.items():
         for method, argument, figure in ((MSENSE, "msense", msense), (UNET, "unet", unet)):
-            own, tuned = f"{method}, {scans}", f"{method}, 5"
-            tuned, paper = "" if own == tuned else tuned, {"psnr_1": figure}
-            arms.append(Arm(own, model(argument, scans), tuned_with=tuned, paper=paper, at=AT[argument]))
+            paper = {"psnr_1": figure}
+            arms.append(Arm(f"{method}, {scans}", model(argument, scans), paper=paper, at=AT[argument]))
     return tuple(arms)
 
 
