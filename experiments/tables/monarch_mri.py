@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from configs import mri
+from experiments.tables.bases import SLICES
 from experiments.tables.monarch import CITATION
 from experiments.tables.schema import LOW_RANK, Arm, Changes, Claim, Table
 
@@ -39,8 +40,7 @@ def model(argument: str, scans: int) -> Changes:
     return {
         **own,
         "mup.base_width": config.mup.base_width,
-        "data.train": scans,
-        "batch": scans,
+        "data.train": scans * SLICES,
         **(_wide("cpu") if argument == "unet" else {}),
     }
 
@@ -104,7 +104,7 @@ RISING = Table(
         Claim("at 2x Monarch transforms beat low-rank ones", "our ablation", f"{MSENSE}, 2x", LOW_RANK),
     ),
     remarks={
-        scale: (f"{READING} Random ellipses of side {side} take the place of the paper's scans.",)
+        scale: (f"{READING} Random ellipses of side {side} take the place of the paper's slices, {SLICES} to a scan.",)
         for scale, side in SIDES
     },
 )
@@ -115,7 +115,9 @@ def _few() -> tuple[Arm, ...]:
     for scans, (unet, msense) in SCANS.items():
         for method, argument, figure in ((MSENSE, "msense", msense), (UNET, "unet", unet)):
             paper = {"psnr_1": figure}
-            arms.append(Arm(f"{method}, {scans}", model(argument, scans), paper=paper, at=AT[argument]))
+            own, tuned = f"{method}, {scans}", f"{method}, 5"
+            tuned = "" if own == tuned else tuned
+            arms.append(Arm(own, model(argument, scans), tuned_with=tuned, paper=paper, at=AT[argument]))
     return tuple(arms)
 
 
