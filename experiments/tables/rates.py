@@ -75,7 +75,7 @@ RATES = Table(
             "rates and gain half a bit; in the MLPs of table scaling the structure needs none. Its other comparisons are with "
             "what is not normalised, too.",
             "Why Monarch is worse at its own rates: it takes the lowest of those tried, and would take a lower one; like block "
-            "tensor train it is a product of two factors, which grow together, and it has no normalisation here.",
+            "tensor train it is a product of two factors, and it has no normalisation here.",
             "Why block tensor train is behind Kronecker and tensor train: beside the above, rows are of equal parameters, at which "
             "these two take seven times its FLOPs; the paper compares at equal FLOPs, as table scaling does.",
         )
