@@ -202,7 +202,7 @@ def test_patches_are_rows(folder):
     config.model.update(levels=1, margin=0.125)
     task, side = validate(config), 8 + 2 * 2
     assert task.rows_at("layers_0/spectral") == 8 * 4 and task.rows_at("head") == 8 * 4 * side**2
-    assert task.table["lift_up"].bound.d_in == 2 + 2
+    assert task.table["lift_up"].bound.d_in == 2 * (1 + 2)  # two windows, each with two coordinates
 
 
 def test_rules_of_a_config_reach_spectral_weights_and_their_rates(folder):
