@@ -31,6 +31,7 @@ def test_commands_and_files_exist():
     assert len(paths) > 5 and all((ROOT / p).exists() for p in paths), paths
 
 
+@pytest.mark.long
 def test_launch_commands_run_dry_and_their_configs_fit():
     blocks = "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S)).replace("\\\n", " ")
     commands = [shlex.split(line) for line in blocks.splitlines() if line.startswith("python -m experiments.launch")]

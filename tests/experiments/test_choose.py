@@ -152,6 +152,7 @@ def command(*flags):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_the_command_on_files(tmp_path):
     for name in ("up", "down"):
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(len(name)).normal(size=(16, 24)).astype(np.float32))

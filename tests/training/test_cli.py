@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from structmat.training import dry_run
@@ -51,6 +52,7 @@ def environment():
     return os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
+@pytest.mark.long
 def test_mistakes_are_answered_in_one_screen_with_code_2():
     import json
 

@@ -62,6 +62,7 @@ TINY = small_lm("unread", switch="6: layers_1/mlp/.* -> monarch(blocks=2)", meth
 TINY.model.update(layers=2, width=8)
 
 
+@pytest.mark.long
 def test_gradient_where_layers_are_grouped_otherwise_than_the_teachers():
     """Against models without scanned groups, whose outputs are found layer by layer."""
     _, (begun, task) = stages(TINY, validate(TINY, devices=1))

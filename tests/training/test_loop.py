@@ -248,6 +248,7 @@ def test_wrong_input_leaves_nothing_behind(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "notes").iterdir()] == ["todo.txt"]
 
 
+@pytest.mark.long
 def test_profile_writes_a_trace(tmp_path):
     loop.train(small_digits(steps=4, profile="1:3"), tmp_path / "run")
     assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
