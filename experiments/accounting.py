@@ -30,6 +30,7 @@ flags = OwnFlags()
 _OUT = flags.DEFINE_string("out", "results/tables/accounting.json", "Record JSON to write, with the .md beside it")
 
 MONARCH = "monarch(blocks=4, order='blocked')"
+CHANNELS = f"layers_.*/mlp/.* -> {MONARCH}"
 DAO = "Dao et al. 2022"
 HAN = "Han et al. 2024"
 
@@ -73,6 +74,12 @@ ENTRIES = (
     Entry("configs/gpt2.py:small", MONARCH, f"{DAO}, Table 2", 72),
     Entry("configs/gpt2.py:medium", "dense()", f"{DAO}, Table 2", 355),
     Entry("configs/gpt2.py:medium", MONARCH, f"{DAO}, Table 2", 165),
+    Entry("configs/mixer.py:s", "dense()", f"{DAO}, Table 1", 18.5),
+    Entry("configs/mixer.py:s", CHANNELS, f"{DAO}, Table 1", 7.0),
+    Entry("configs/mixer.py:b", "dense()", f"{DAO}, Table 1", 59.9),
+    Entry("configs/mixer.py:b", CHANNELS, f"{DAO}, Table 1", 20.9),
+    Entry("configs/vit.py:s768", "dense()", f"{DAO}, Table 1", 48.8),
+    Entry("configs/vit.py:s768", MONARCH, f"{DAO}, Table 1", 19.6),
     Entry("configs/vit.py:b", "dense()", f"{DAO}, Table 1", 86.6),
     Entry("configs/vit.py:b", MONARCH, f"{DAO}, Table 1", 33.0),
     *_sltrain(),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs import gpt2, llama, mri, navier_stokes
+from configs import gpt2, llama, mixer, mri, navier_stokes, vit
 from experiments.tables.schema import SCALES, TableError
 from structmat.structures.errors import suggest
 from structmat.training.config import default
@@ -54,6 +54,24 @@ def digits_resnet() -> ConfigDict:
     config.update(steps=400, batch=64)
     config.optim.lr = 8e-3
     config.mup.base_width = 16
+    return config
+
+
+def digits_vit() -> ConfigDict:
+    """A vision transformer of two layers on the same."""
+    config = default("images", "vit")
+    config.update(steps=600, batch=64)
+    config.optim.lr = 4e-3
+    config.mup.base_width = 64
+    return config
+
+
+def digits_mixer() -> ConfigDict:
+    """A mixer of two layers on the same."""
+    config = default("images", "mixer")
+    config.update(steps=600, batch=64)
+    config.optim.lr = 8e-3
+    config.mup.base_width = 64
     return config
 
 
@@ -153,6 +171,20 @@ def c4_60m() -> ConfigDict:
     return config
 
 
+def imagenet_vit() -> ConfigDict:
+    """ViT-B on ImageNet-1k with the schedule of `configs/vit.py`."""
+    config = vit.get_config("b")
+    config.data.root = "data/imagenet/arrays"
+    return config
+
+
+def imagenet_mixer() -> ConfigDict:
+    """Mixer-B on ImageNet-1k with the schedule of `configs/mixer.py`."""
+    config = mixer.get_config("b")
+    config.data.root = "data/imagenet/arrays"
+    return config
+
+
 def _scans(make: Callable[[], ConfigDict]) -> Base:
     others = ("psnr_2", "ssim_1", "ssim_2")
     return Base(make, "psnr_1", lower=False, others=others, reseeded=("data.seed",), rates=(0.3, 1.0, 3.0))
@@ -161,6 +193,8 @@ def _scans(make: Callable[[], ConfigDict]) -> Base:
 BASES: dict[tuple[str, str], Base] = {
     ("cpu", "digits"): Base(digits, "loss", others=("accuracy",), seeds=5),
     ("cpu", "digits_resnet"): Base(digits_resnet, "accuracy", lower=False, others=("loss",), seeds=5),
+    ("cpu", "digits_vit"): Base(digits_vit, "accuracy", lower=False, others=("loss",), seeds=5),
+    ("cpu", "digits_mixer"): Base(digits_mixer, "accuracy", lower=False, others=("loss",), seeds=5),
     ("cpu", "teacher"): Base(teacher, "mse"),
     ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte"),
     ("cpu", "flow"): Base(flow, "l2", others=("h1", "l2_fine")),
@@ -171,6 +205,12 @@ BASES: dict[tuple[str, str], Base] = {
     ("gpu", "scans"): _scans(scans_gpu),
     ("paper", "wikitext103"): Base(wikitext103, "bits_per_token", rates=(1.0,), pod="v5e:4x4"),
     ("paper", "openwebtext"): Base(openwebtext, "bits_per_token", rates=(1.0,), pod="v5e:4x4"),
+    ("paper", "imagenet_vit"): Base(
+        imagenet_vit, "accuracy", lower=False, others=("loss",), rates=(1.0,), pod="v5e:4x4"
+    ),
+    ("paper", "imagenet_mixer"): Base(
+        imagenet_mixer, "accuracy", lower=False, others=("loss",), rates=(1.0,), pod="v5e:4x4"
+    ),
     ("paper", "c4_60m"): Base(c4_60m, "bits_per_token", rates=(0.33, 1.0), pod="v5e:4x4"),
 }
 """(scale, name) -> Base."""

@@ -11,6 +11,7 @@ from experiments.tables import (
     mg_tfno,
     monarch,
     monarch_flow,
+    monarch_images,
     monarch_mri,
     rates,
     rigl,
@@ -24,7 +25,8 @@ from experiments.tables.schema import Table, TableError
 from structmat.structures.errors import suggest
 
 _PAPERS = (
-    *(monarch, rates, sltrain, lost, rigl, trp, scaling, sst, maestro, sparse_ift, kronecker, householder, btt_moe),
+    *(monarch, monarch_images, rates, sltrain, lost, rigl, trp, scaling, sst),
+    *(maestro, sparse_ift, kronecker, householder, btt_moe),
     *(monarch_flow, monarch_mri, mg_tfno),
 )
 TABLES: dict[str, Table] = {table.name: table for paper in _PAPERS for table in paper.TABLES}

@@ -3,6 +3,7 @@
 from structmat.models.fno import FNO
 from structmat.models.gpt import GPT
 from structmat.models.llama import Llama
+from structmat.models.mixer import Mixer
 from structmat.models.mlp import MLP
 from structmat.models.monarch_operator import MonarchOperator
 from structmat.models.msense import MSense
@@ -10,4 +11,4 @@ from structmat.models.resnet import FieldResNet, ResNet
 from structmat.models.unet import UNet
 from structmat.models.vit import ViT
 
-__all__ = ["FNO", "GPT", "MLP", "FieldResNet", "Llama", "MSense", "MonarchOperator", "ResNet", "UNet", "ViT"]
+__all__ = ["FNO", "GPT", "MLP", "FieldResNet", "Llama", "MSense", "Mixer", "MonarchOperator", "ResNet", "UNet", "ViT"]

@@ -1,4 +1,4 @@
-"""The MLP inside a transformer block."""
+"""The MLP inside a block of a transformer or a mixer."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from structmat.nn.sites import pick
 
 
 class FeedForward(nn.Module):
-    """Two linear maps around a GELU: width -> ratio * width -> width; sites up (column-parallel), down (row-parallel)."""
+    """Two linear maps around a GELU: width -> hidden -> width; sites up (column-parallel), down (row-parallel).
 
-    ratio: int
+    Attributes:
+      axis: logical axis of the width.
+    """
+
+    hidden: int
     dtype: Any
     structures: Structures
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         up = StructuredDense(
-            self.ratio * width,
+            self.hidden,
             structure=pick(self.structures, "up"),
             dtype=self.dtype,
-            in_axes="embed",
+            in_axes=self.axis,
             out_axes="mlp",
             name="up",
         )
@@ -35,7 +40,7 @@ class FeedForward(nn.Module):
             structure=pick(self.structures, "down"),
             dtype=self.dtype,
             in_axes="mlp",
-            out_axes="embed",
+            out_axes=self.axis,
             gain=0.0,
             name="down",
         )

@@ -63,7 +63,7 @@ class Block(nn.Module):
         y = Attention(self.heads, self.context, self.dropout, self.dtype, own, name="attn")(y, train, decode)
         x = x + drop(y)
         y = nn.LayerNorm(self.eps, dtype=self.dtype, name="mlp_norm")(x)
-        mlp = FeedForward(self.mlp_ratio, self.dtype, scope(self.structures, "mlp"), name="mlp")
+        mlp = FeedForward(self.mlp_ratio * x.shape[-1], self.dtype, scope(self.structures, "mlp"), name="mlp")
         return x + drop(mlp(y)), None
 
 

@@ -32,6 +32,28 @@ def patches(images: jax.Array, size: int, patch: int, channels: int) -> jax.Arra
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, side * side, patch * patch * channels)
 
 
+def embed_patches(
+    images: jax.Array, size: int, patch: int, channels: int, width: int, structures: Structures, dtype: Any
+) -> jax.Array:
+    """As `patches`, times the site `patches` of the calling module: `(batch, (size / patch)^2, width)`.
+
+    Raises:
+      ValueError: patch does not divide size.
+    """
+    if size % patch:
+        raise ValueError(f"patch={patch} must divide size={size}")
+    layer = StructuredDense(
+        width,
+        structure=pick(structures, "patches"),
+        dtype=dtype,
+        in_axes="features",
+        out_axes="embed",
+        kind="conv",
+        name="patches",
+    )
+    return layer(patches(images, size, patch, channels))
+
+
 class Attention(nn.Module):
     """Every token attends to every other: x `(batch, tokens, width)` -> the same; sites q, k, v, o."""
 
@@ -64,7 +86,7 @@ class Encoder(nn.Module):
         norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
         attention = Attention(self.heads, self.dtype, scope(self.structures, "attn"), name="attn")
         x = x + drop(attention(norm("attn_norm")(x)))
-        mlp = FeedForward(self.mlp_ratio, self.dtype, scope(self.structures, "mlp"), name="mlp")
+        mlp = FeedForward(self.mlp_ratio * x.shape[-1], self.dtype, scope(self.structures, "mlp"), name="mlp")
         return x + drop(mlp(norm("mlp_norm")(x))), None
 
 
@@ -103,19 +125,9 @@ class ViT(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width}")
-        if self.size % self.patch:
-            raise ValueError(f"patch={self.patch} must divide size={self.size}")
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {self.pool!r}")
-        x = StructuredDense(
-            self.width,
-            structure=pick(self.structures, "patches"),
-            dtype=self.dtype,
-            in_axes="features",
-            out_axes="embed",
-            kind="conv",
-            name="patches",
-        )(patches(images, self.size, self.patch, self.channels))
+        x = embed_patches(images, self.size, self.patch, self.channels, self.width, self.structures, self.dtype)
         if self.pool == "token":
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",))
             token = self.param("token", zeros, (self.width,), jnp.float32).astype(x.dtype)

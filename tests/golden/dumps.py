@@ -38,10 +38,11 @@ NAMED = {
     **{f"mri_{model}": ("mri", model) for model in ("msense", "unet")},
     **{f"llama_{size}": ("llama", size) for size in ("60m", "130m", "350m", "1b", "7b")},
     **{f"gpt2_{size}": ("gpt2", size) for size in ("small", "medium", "large")},
-    **{f"vit_{size}": ("vit", size) for size in ("s", "b")},
+    **{f"vit_{size}": ("vit", size) for size in ("s", "b", "s768")},
+    **{f"mixer_{size}": ("mixer", size) for size in ("s", "b")},
 }
 """Name of a dump -> file under configs/ and its argument."""
-DEFAULTS = {"default_llama": ("lm", "llama")}
+DEFAULTS = {"default_llama": ("lm", "llama"), "default_mixer": ("images", "mixer")}
 """Name of a dump -> task and model; the other tasks' defaults are in the configs above."""
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from structmat.models import ResNet, ViT
+from structmat.models import Mixer, ResNet, ViT
 from structmat.models.vit import POOLS
 from structmat.structures.convolution import View
 from structmat.structures.errors import suggest
@@ -16,6 +16,7 @@ from structmat.training.errors import ConfigError
 from structmat.training.model_choice import ModelChoice, at_least_one, divides
 
 VIT_SIZES = ("classes", "size", "patch", "channels", "layers", "width", "heads", "mlp_ratio")
+MIXER_SIZES = ("classes", "size", "patch", "channels", "layers", "width", "tokens_hidden", "mlp_ratio")
 RESNET_SIZES = ("classes", "size", "channels", "width", "stages", "blocks")
 SHARED = dict(
     classes=10,
@@ -68,6 +69,28 @@ def vit_rows(config: Any) -> Callable[[str], int]:
     return lambda path: other.get(path, vit_tokens(m))
 
 
+def check_mixer(config: Any) -> None:
+    """Refuse sizes no mixer can have."""
+    at_least_one(config.model, MIXER_SIZES)
+    divides(config.model, "patch", "size")
+
+
+def build_mixer(config: Any) -> Mixer:
+    """The module."""
+    m = config.model
+    return Mixer(**{name: m[name] for name in (*MIXER_SIZES, "dropout", "scan", "remat")}, dtype=jnp.dtype(m.dtype))
+
+
+def mixer_rows(config: Any) -> Callable[[str], int]:
+    """Patches, but for the head and for the MLPs across patches, which see one row for each channel."""
+    m = config.model
+
+    def rows(path: str) -> int:
+        return 1 if path == "head" else m.width if "/tokens/" in path else (m.size // m.patch) ** 2
+
+    return rows
+
+
 def check_resnet(config: Any) -> None:
     """Refuse sizes no ResNet can have."""
     m = config.model
@@ -118,6 +141,23 @@ MODELS = {
         base=lambda config: build_vit(config).clone(width=config.mup.base_width, heads=1),
         rows=vit_rows,
         other_flops=lambda config: config.model.layers * 4 * vit_tokens(config.model) ** 2 * config.model.width,
+    ),
+    "mixer": ImageModel(
+        fields=dict(
+            SHARED,
+            patch=2,  # side of a patch
+            layers=2,
+            width=64,
+            tokens_hidden=32,  # hidden units of the MLPs across patches
+            mlp_ratio=4,
+            scan=True,  # stack and scan equal adjacent layers: compiles faster
+            remat="none",  # none | full | dots: recompute activations in the backward pass
+        ),
+        check=check_mixer,
+        build=build_mixer,
+        base=lambda config: build_mixer(config).clone(width=config.mup.base_width),
+        rows=mixer_rows,
+        other_flops=lambda config: 0,
     ),
     "resnet": ImageModel(
         fields=dict(
