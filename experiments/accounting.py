@@ -140,7 +140,7 @@ def report(rows: list[dict[str, Any]], out: Path, record: Record) -> None:
     """Print the table, and write it as Markdown beside the Record."""
     about = (
         f"Counted, not run: jax {record.versions['jax']}, {record.date}, `{record.command}`. Parameters of the whole model; "
-        "the structure is that of every linear layer, embeddings and heads stay dense. FLOPs: forward, per token or image, "
+        "the structure is that of every linear layer, or of those named; embeddings and heads stay dense. FLOPs: forward, per token or image, "
         "2 per multiply-add, by the structure's algorithm. GB: 10^9 bytes of weights, two moments and indices (none of "
         "gradients or activations): all in bf16 with 4-byte indices; moments in 8 bits; bf16 with 8-byte indices as the "
         "code of SLTrain keeps them. Figures read off a picture are good to about 0.1 GB."

@@ -83,6 +83,14 @@ def bytes_cpu() -> ConfigDict:
     return config
 
 
+def bytes_short() -> ConfigDict:
+    """The same for models whose steps are slow."""
+    config = bytes_cpu()
+    config.steps = 200
+    config.eval.batches = 100
+    return config
+
+
 def bytes_gpu() -> ConfigDict:
     """A GPT of GPT-2 small's width and depth on bytes, 33 million tokens."""
     config = default("lm")
@@ -164,6 +172,19 @@ def openwebtext() -> ConfigDict:
     return config
 
 
+def openwebtext_bytes() -> ConfigDict:
+    """A GPT of 6 layers on the text of OpenWebText as bytes, with the context, batch, steps and rate of the einsum paper."""
+    config = default("lm")
+    config.update(steps=100_000, batch=512)
+    config.model.update(width=1024, layers=6, heads=32, context=128, dtype="bfloat16", remat="full")
+    config.optim.lr = 3e-3
+    config.mup.base_width = 1024
+    config.eval.update(every=1000, batches=20)
+    config.checkpoint.every = 1000
+    config.data.root = "data/openwebtext/text"
+    return config
+
+
 def c4_60m() -> ConfigDict:
     """LLaMA 60M on C4 with the schedule of SLTrain's scripts."""
     config = llama.get_config("60m")
@@ -197,6 +218,7 @@ BASES: dict[tuple[str, str], Base] = {
     ("cpu", "digits_mixer"): Base(digits_mixer, "accuracy", lower=False, others=("loss",), seeds=5),
     ("cpu", "teacher"): Base(teacher, "mse"),
     ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte"),
+    ("cpu", "bytes_short"): Base(bytes_short, "bits_per_byte"),
     ("cpu", "flow"): Base(flow, "l2", others=("h1", "l2_fine")),
     ("cpu", "scans"): _scans(scans),
     ("gpu", "bytes"): Base(bytes_gpu, "bits_per_byte"),
@@ -205,6 +227,7 @@ BASES: dict[tuple[str, str], Base] = {
     ("gpu", "scans"): _scans(scans_gpu),
     ("paper", "wikitext103"): Base(wikitext103, "bits_per_token", rates=(1.0,), pod="v5e:4x4"),
     ("paper", "openwebtext"): Base(openwebtext, "bits_per_token", rates=(1.0,), pod="v5e:4x4"),
+    ("paper", "openwebtext_bytes"): Base(openwebtext_bytes, "bits_per_byte", pod="v5e:4x4"),
     ("paper", "imagenet_vit"): Base(
         imagenet_vit, "accuracy", lower=False, others=("loss",), rates=(1.0,), pod="v5e:4x4"
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from experiments.tables.schema import DENSE, Arm, Claim, Table
 
 HIDDEN = "layers_[1-9] -> "
@@ -58,4 +60,53 @@ BTT_MOE = Table(
     },
 )
 
-TABLES = (BTT_MOE,)
+WIDTHS = {"cpu": (100, 4), "paper": (2048, 32)}
+"""Width and heads of block tensor trains in a language model, by scale."""
+NARROW = {"cpu": (64, 4), "paper": (608, 19)}
+"""Of the dense model with the FLOPs of two experts."""
+
+
+def normed(structure: str) -> dict[str, Any]:
+    """Changes and changes at scales of an arm whose linear layers are all of this structure, with weight normalisation."""
+    sizes = {scale: {"model.width": width, "model.heads": heads} for scale, (width, heads) in WIDTHS.items()}
+    return {"changes": {"structure": f"weight_norm({structure})"}, "at": sizes}
+
+
+LANGUAGE = Table(
+    name="btt_moe_lm",
+    title="The same in every linear layer of a language model",
+    citation=BTT_MOE.citation,
+    bases={"cpu": "bytes_short", "paper": "openwebtext_bytes"},
+    arms=(
+        Arm(
+            MOE, **normed("btt_moe(experts=8)"), note="all experts are computed: steps cost four times the FLOPs shown"
+        ),
+        Arm("btt moe, 4 experts", **normed("btt_moe(experts=4)"), tuned_with=MOE),
+        Arm("btt moe, no balance", **normed("btt_moe(experts=8, balance=0.0)"), tuned_with=MOE),
+        Arm(
+            "btt, rank 2",
+            **normed("block_tensor_train(rank=2, order='blocked')"),
+            note="the FLOPs but for the gate; weights are normalised here and in the other block tensor trains",
+        ),
+        Arm(
+            "btt, rank 8",
+            **normed("block_tensor_train(rank=8, order='blocked')"),
+            tuned_with="btt, rank 2",
+            note="the parameters",
+        ),
+        Arm(
+            "dense, the same FLOPs",
+            at={scale: {"model.width": width, "model.heads": heads} for scale, (width, heads) in NARROW.items()},
+            tuned_with=DENSE,
+        ),
+    ),
+    reference="btt, rank 2",
+    claims=(
+        Claim("BTT-MoE beats dense of its FLOPs", "Figures 6 and 7", MOE, "dense, the same FLOPs"),
+        Claim("BTT-MoE beats a block tensor train of its FLOPs", "Figure 6", MOE, "btt, rank 2"),
+        Claim("more experts help", "Figure 6, by its trend", MOE, "btt moe, 4 experts"),
+        Claim("the balance term helps", "our ablation", MOE, "btt moe, no balance"),
+    ),
+)
+
+TABLES = (BTT_MOE, LANGUAGE)

@@ -15,7 +15,6 @@ from structmat.nn.path import choose_path
 from structmat.nn.sharded import kernel_specs, run, within_replica
 from structmat.nn.sites import KINDS, Kind, record
 from structmat.structures import Bound, Structure, StructureError, parse
-from structmat.structures.algebra import Sum
 from structmat.structures.composite import Composite
 from structmat.structures.leaf import Axes
 
@@ -95,14 +94,14 @@ class StructuredDenseGeneral(nn.Module):
 
 
 def check_auxiliary(structure: Structure, allowed: bool = True) -> None:
-    """Refuse a structure whose auxiliary term would be lost: anywhere but whole, or as a term of a sum, in a linear layer."""
-    if isinstance(structure, Sum):
-        for term in structure.terms:
-            check_auxiliary(term, allowed)
+    """Refuse a structure whose auxiliary term would be lost: in no linear layer, or within a structure that drops it."""
+    if isinstance(structure, Composite) and structure.adds_auxiliary:
+        for part in structure.parts():
+            check_auxiliary(part, allowed)
     elif (structure.has_auxiliary and not allowed) or _inside(structure):
         raise StructureError(
-            f"{structure.short()}: what it adds to the loss has no place here, only as the weight of a linear layer or as a "
-            "term of a sum; balance=0.0 leaves it out"
+            f"{structure.short()}: what it adds to the loss has no place here, only as the weight of a linear layer, as a "
+            "term of a sum or in weight_norm; balance=0.0 leaves it out"
         )
 
 

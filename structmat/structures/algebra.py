@@ -38,6 +38,7 @@ class Sum(Composite):
 
     terms: tuple[Structure, ...] = ()
     name: ClassVar[str] = "sum"
+    adds_auxiliary: ClassVar[bool] = True
 
     @staticmethod
     def of(*terms: Structure) -> Sum:

@@ -29,7 +29,7 @@ class BttMoe(Structure):
 
     In training `balance` times [E sum_e p_e f_e + 0.1 mean(logsumexp(x gate)^2)] is added to the loss, p the mean softmax
     over all experts and f the share of inputs sent to each; the factor is our choice, the paper's is not known to us. The
-    term is kept as a whole weight and as a term of a sum; within other structures it is refused. The
+    term is kept as a whole weight, as a term of a sum and in `weight_norm`, which leaves the gate as it is; elsewhere it is refused. The
     gate starts at zero, so that the first experts take everything until that term spreads it. FLOPs are those of the
     active experts and the gate; all experts are computed, as in the paper's code, and the others' part thrown away.
     """
@@ -80,7 +80,14 @@ class BoundBttMoe(Bound):
         experts, (k, p, l, s, _) = self.structure.experts, self.one.sizes
         found = self.one._leaves(in_axes, out_axes)
         gate = self.factor(
-            (self.d_in, experts), (first_axis(in_axes), None), self.d_in, experts, share=1, std=0.0, embed_fan=1
+            (self.d_in, experts),
+            (first_axis(in_axes), None),
+            self.d_in,
+            experts,
+            share=1,
+            std=0.0,
+            embed_fan=1,
+            capped=False,
         )
         return {
             "R": dataclasses.replace(found["R"], shape=(k, p, l, experts)),
@@ -97,11 +104,18 @@ class BoundBttMoe(Bound):
         return (x @ params["gate"]).astype(jnp.float32)
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
-        k, p, _, _, _ = self.one.sizes
+        """One expert after another: all at once, what lies between the cores is E times as large, and XLA's products of it
+        take three to six times as long on a CPU. It is formed again for the gradients for the same reason."""
         weights = self.route(self._logits(params, x)).astype(x.dtype)
-        hidden = jnp.einsum("...kp,kple->...lke", x.reshape(*x.shape[:-1], k, p), params["R"])
-        y = jnp.einsum("...lke,lkes->...ls", hidden * weights[..., None, None, :], params["L"])
-        return y.reshape(*x.shape[:-1], self.d_out)
+        right, left = jnp.moveaxis(params["R"], 3, 0)[..., None], jnp.moveaxis(params["L"], 2, 0)[:, :, :, None]
+
+        @jax.checkpoint
+        def add(y: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            own, gate = {"R": expert[0], "L": expert[1]}, expert[2]
+            return y + self.one.matmul(own, x * gate[..., None]), None
+
+        start = jnp.zeros((*x.shape[:-1], self.d_out), jnp.result_type(x, right))
+        return lax.scan(add, start, (right, left, jnp.moveaxis(weights, -1, 0)))[0]
 
     def take(self, params: Params, ids: jax.Array) -> jax.Array:
         """The output for one-hot inputs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 from structmat.structures.errors import StructureError
 from structmat.structures.recipe import Structure
@@ -11,7 +12,13 @@ from structmat.structures.recipe import Structure
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Composite(Structure):
-    """Base of structures made of others: `init` and `train` belong to the parts."""
+    """Base of structures made of others: `init` and `train` belong to the parts.
+
+    Attributes:
+      adds_auxiliary: whether its Bound adds to the loss what its parts do.
+    """
+
+    adds_auxiliary: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in ("init", "train"):

@@ -34,6 +34,7 @@ class Leaf:
       embed_fan: fan_in when the input is one-hot (embeddings).
       mode: the init mode `std` follows, so that a transposed view can follow it too.
       fixed_rate: the learning-rate multiplier is 1 (learned scales, which see no fan).
+      capped: whether `weight_norm` caps it.
     """
 
     shape: Shape
@@ -49,6 +50,7 @@ class Leaf:
     embed_fan: int = 1
     mode: str = "spectral"
     fixed_rate: bool = False
+    capped: bool = True
 
     @property
     def size(self) -> int:

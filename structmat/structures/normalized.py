@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -61,20 +62,31 @@ class Reparametrisation(Wrapper):
     def materialize(self, params: Params) -> jax.Array:
         return self.inner.materialize(self.effective(params))
 
+    def auxiliary(self, params: Params, x: jax.Array) -> jax.Array | None:
+        """That of the inner Bound."""
+        return self.inner.auxiliary(self.effective(params), x)
+
     def cost(self, rows: int, dtype: Any = jnp.float32, path: str = "factored") -> Cost:
-        return Bound.cost(self, rows, dtype, path)
+        own = Bound.cost(self, rows, dtype, path)
+        executed = self.inner.cost(rows, dtype, path).flops_executed
+        return own if path == "dense" else dataclasses.replace(own, flops_executed=executed)
 
 
-def _learned(leaves: Leaves) -> dict[str, Any]:
-    """The nested part of `leaves` that trains; empty branches are dropped."""
+def _chosen(leaves: Leaves, wanted: Callable[[Leaf], bool]) -> dict[str, Any]:
+    """The nested part of `leaves` that is wanted; empty branches are dropped."""
     out: dict[str, Any] = {}
     for name, leaf in leaves.items():
         if isinstance(leaf, Leaf):
-            if leaf.trainable:
+            if wanted(leaf):
                 out[name] = leaf
-        elif inner := _learned(leaf):
+        elif inner := _chosen(leaf, wanted):
             out[name] = inner
     return out
+
+
+def _capped(leaves: Leaves) -> dict[str, Any]:
+    """What weight norm acts on."""
+    return _chosen(leaves, lambda leaf: leaf.trainable and leaf.capped)
 
 
 def _on(fn: Any, chosen: dict[str, Any], values: Params, *rest: Any) -> dict[str, Any]:
@@ -101,14 +113,14 @@ class BoundWeightNorm(Reparametrisation):
         # Fans as its leaf: where an embedding enlarges the leaf, the cap takes it back and gamma has to carry it.
         own = {"shape": (), "axes": (), "law": "derived", "dtype": None, "decay": False, "fixed_rate": True}
         scalar = lambda leaf, ratio: dataclasses.replace(leaf, std=ratio, **own)
-        chosen = _learned(weights)
+        chosen = _capped(weights)
         return {
             "weights": _on(unscaled, chosen, weights, ratios),
             "gamma": map_leaves(scalar, chosen, ratios),
         }
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32, gain: float = 1.0) -> dict[str, Any]:
-        ratios, chosen = self._ratios(gain), _learned(self.inner.leaves())
+        ratios, chosen = self._ratios(gain), _capped(self.inner.leaves())
         unscaled = lambda _, value, ratio: value / ratio
         return {
             "weights": _on(unscaled, chosen, self.inner.init(key, dtype, gain), ratios),
@@ -118,23 +130,23 @@ class BoundWeightNorm(Reparametrisation):
     def _ratios(self, gain: float) -> dict[str, Any]:
         """What gamma starts at: a gain other than 0 goes there, for the cap would take it from the weights."""
         ratio = lambda scaled, plain: scaled.std / plain.std if scaled.std and plain.std else 1.0
-        return map_leaves(ratio, _learned(self.inner.leaves(gain=gain)), self.inner.leaves())
+        return map_leaves(ratio, _capped(self.inner.leaves(gain=gain)), self.inner.leaves())
 
     def effective(self, params: Params) -> dict[str, Any]:
         cap = lambda leaf, w, gamma: rms_cap(w, gamma, _sigma(leaf))
-        return _on(cap, _learned(self.inner.leaves()), params["weights"], params["gamma"])
+        return _on(cap, _capped(self.inner.leaves()), params["weights"], params["gamma"])
 
     def project(self, w: jax.Array, *, like: Params | None = None, **kwargs: Any) -> dict[str, Any]:
         """As `a`, with the same guarantee: every gamma is set so that its leaf comes out as projected."""
         weights = self.inner.project(w, like=None if like is None else self.effective(like), **kwargs)
-        chosen = _learned(self.inner.leaves())
+        chosen = _capped(self.inner.leaves())
         excess = lambda leaf, value: rms_excess(value, _sigma(leaf)).astype(jnp.finfo(value.dtype).dtype)
         return {"weights": weights, "gamma": map_leaves(excess, chosen, weights)}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class WeightNorm(Reparametrised):
-    """`weight_norm(a)`: every trainable leaf M of `a` acts as gamma M / max(1, RMS(M) / sigma).
+    """`weight_norm(a)`: every trainable leaf M of `a`, gates apart, acts as gamma M / max(1, RMS(M) / sigma).
 
     sigma is the leaf's standard deviation at initialisation and gamma a learned scalar that starts at 1 (Qiu et al.
     2024, who need it for block tensor trains in GPT-2). Write weight_norm(transpose(a)): the caps of
@@ -142,6 +154,7 @@ class WeightNorm(Reparametrised):
     """
 
     name: ClassVar[str] = "weight_norm"
+    adds_auxiliary: ClassVar[bool] = True
     bound: ClassVar[type[Reparametrisation]] = BoundWeightNorm
 
 
@@ -158,8 +171,7 @@ class BoundFakeQuantized(Reparametrisation):
 
     def _rounded(self) -> dict[str, Any]:
         """Every leaf but indices: what does not train is rounded as well."""
-        everything = map_leaves(lambda leaf: dataclasses.replace(leaf, trainable=leaf.law != "index"), self.leaves())
-        return _learned(everything)
+        return _chosen(self.leaves(), lambda leaf: leaf.law != "index")
 
     def project(self, w: jax.Array, *, like: Params | None = None, **kwargs: Any) -> dict[str, Any]:
         """`a`'s projection, rounded in use: no optimum, but never worse than `like`."""
@@ -177,6 +189,7 @@ class FakeQuantized(Reparametrised):
     bits: int = 8
     group: int = 128
     name: ClassVar[str] = "fake_quantized"
+    adds_auxiliary: ClassVar[bool] = True
     bound: ClassVar[type[Reparametrisation]] = BoundFakeQuantized
 
     def check(self) -> None:

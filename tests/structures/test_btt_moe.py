@@ -72,6 +72,20 @@ def test_the_balance_term_is_least_where_experts_are_used_alike():
     assert np.all(grads["gate"][:4, :2].sum(1) > grads["gate"][:4, 2:].sum(1))  # away from the first, which ties choose
 
 
+def test_weight_norm_caps_the_cores_and_leaves_the_gate():
+    normed = structmat.parse("weight_norm(btt_moe(experts=4))").bind(IN, OUT)
+    params = normed.init(jax.random.key(0))
+    assert set(params["gamma"]) == {"R", "L"} and set(params["weights"]) == {"R", "L", "gate"}
+    plain, weights = normed.inner, {**params["weights"], "gate": jnp.eye(IN)[:, :4] * 8}
+    large = {"weights": {**weights, "R": 100 * weights["R"]}, "gamma": params["gamma"]}
+    excess = {name: jnp.sqrt(jnp.mean(large["weights"][name] ** 2)) / plain.leaves()[name].std for name in "RL"}
+    capped = {name: w / jnp.maximum(1, excess.get(name, 1)) for name, w in large["weights"].items()}
+    assert excess["R"] > 50
+    np.testing.assert_allclose(normed.matmul(large, X), plain.matmul(capped, X), atol=1e-5)
+    assert normed.cost(5).flops_executed == plain.cost(5).flops_executed > normed.cost(5).flops
+    assert float(normed.auxiliary(large, X)) == float(plain.auxiliary(weights, X))
+
+
 def test_costs_are_those_of_the_active_experts():
     bound, _ = drawn()
     one = structmat.parse("block_tensor_train(rank=1, order='blocked')").bind(IN, OUT)

@@ -7,13 +7,14 @@ import pytest
 
 from structmat.training.config import validate
 from structmat.training.step import gradients
+from tests.marks import mostly_long
 from tests.training.small_runs import small_lm
 
 MOE = "btt_moe(experts=4, balance=0.5)"
 
 
-def built(tmp_path, **fields):
-    config = small_lm(tmp_path, structure=MOE)
+def built(tmp_path, structure=MOE, **fields):
+    config = small_lm(tmp_path, structure=structure)
     config.model.update(layers=2, **{k: v for k, v in fields.items() if k == "scan"})
     config.accumulate = fields.get("accumulate", 1)
     task = validate(config, devices=1)
@@ -21,8 +22,9 @@ def built(tmp_path, **fields):
     return task, {"tokens": tokens}
 
 
-def test_evaluation_is_without_it_and_training_has_it_apart(tmp_path):
-    task, batch = built(tmp_path)
+@pytest.mark.parametrize("structure", mostly_long([MOE, f"weight_norm({MOE})"], [MOE]))
+def test_evaluation_is_without_it_and_training_has_it_apart(tmp_path, structure):
+    task, batch = built(tmp_path, structure)
     variables = jax.jit(task.model.init)(jax.random.key(0), batch["tokens"][:, :-1])
     variables = {"params": jax.tree.map(lambda leaf: leaf.unbox() if hasattr(leaf, "unbox") else leaf, variables["params"],
                                         is_leaf=lambda leaf: hasattr(leaf, "unbox"))}  # fmt: skip
@@ -31,7 +33,7 @@ def test_evaluation_is_without_it_and_training_has_it_apart(tmp_path):
     )(variables)
     (value, metrics), (plain, evaluated) = score(True), score(False)
     assert "auxiliary" not in evaluated and float(metrics["loss"]) == pytest.approx(float(plain), rel=1e-6)
-    sites = sum(site.bound.structure.name == "btt_moe" for site in task.table.values())
+    sites = sum("btt_moe" in str(site.bound.structure) for site in task.table.values())
     assert sites == 12
     assert float(metrics["auxiliary"]) == pytest.approx(12 * 0.5 * (1 + 0.1 * np.log(4) ** 2), rel=1e-4)
     assert float(value) == pytest.approx(float(plain + metrics["auxiliary"]), rel=1e-6)

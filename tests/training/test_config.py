@@ -113,6 +113,7 @@ BAD = [
     ("images", {"model.classes": 0}, "model.classes", "at least 1"),
     ("images", {"model.pool": "tokn"}, "model.pool", "did you mean 'token'"),
     ("images", {"model.name": "vti"}, "model.name", "did you mean 'vit'"),
+    ("images/mixer", {"model.heads": 4}, "model.heads", "no such field"),
     ("images", {"model.remat": "all"}, "model.remat", "valid: none, full, dots"),
     ("digits", {"model.layers": 0}, "model.layers", "at least 1"),
     ("digits", {"data.root": "/x"}, "data.root", "no such field"),
