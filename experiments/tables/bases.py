@@ -58,10 +58,12 @@ def digits_resnet() -> ConfigDict:
 
 
 def digits_vit() -> ConfigDict:
-    """A vision transformer of two layers on the same."""
+    """A vision transformer of two layers on the same, which reads the mean over patches: with a class token so few steps end
+    anywhere between 80 and 97% correct."""
     config = default("images", "vit")
-    config.update(steps=600, batch=64)
-    config.optim.lr = 4e-3
+    config.update(steps=900, batch=64)
+    config.model.pool = "mean"
+    config.optim.lr = 8e-3
     config.mup.base_width = 64
     return config
 
