@@ -62,7 +62,7 @@ BTT_MOE = Table(
 
 WIDTHS = {"cpu": (100, 4), "paper": (2048, 32)}
 """Width and heads of block tensor trains in a language model, by scale."""
-NARROW = {"cpu": (64, 4), "paper": (608, 19)}
+NARROW = {"cpu": (64, 4), "paper": (512, 16)}
 """Of the dense model with the FLOPs of two experts."""
 
 

@@ -19,7 +19,7 @@ KNGPT2 = Table(
         "quoted in notes on the paper); of its distillation terms the arm that has them takes the outputs of the MLPs, with the "
         "logits in place of embeddings and attention maps; in the others the loss stays that of the data"
     ),
-    bases={"cpu": "bytes", "gpu": "bytes"},
+    bases={"cpu": "bytes", "gpu": "bytes", "paper": "wikitext103"},
     arms=(
         Arm("kronecker", {"structure": KRONECKER}, note=f"{SHARE:g} of the parameters of every MLP"),
         Arm("monarch", {"structure": MONARCH}),

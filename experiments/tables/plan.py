@@ -117,14 +117,14 @@ def arms_of(table: Table, scale: str) -> tuple[tuple[Arm, ConfigDict], ...]:
     start = base_at(table, scale).make()
     place = lambda arm: f"table {table.name}, arm {arm.name!r}"
     own = [(arm, changed(start, arm.over(start, scale), place(arm))) for arm in table.arms]
-    params = _size(table, start, next(config for arm, config in own if arm.name == table.reference))
+    params = _size(table, scale, start, next(config for arm, config in own if arm.name == table.reference))
     paper = lambda name: dict(table.baselines_paper.get(name, {}))
     rows = [(Arm(DENSE, paper=paper(DENSE)), start)]
     small = dense_small(start, params)
     if small is not None and small.model.width < start.model.width:
         rows.append((Arm(SMALL, tuned_with=DENSE, paper=paper(SMALL)), small))
-    if table.low_rank:
-        rows.append((Arm(LOW_RANK, paper=paper(LOW_RANK)), of_share(start, table.low_rank, params)))
+    if text := table.low_rank_at(scale):
+        rows.append((Arm(LOW_RANK, paper=paper(LOW_RANK)), of_share(start, text, params)))
     names = [arm.name for arm, _ in (*rows, *own)]
     for claim in table.claims:
         for name in (claim.better, claim.worse):
@@ -133,13 +133,14 @@ def arms_of(table: Table, scale: str) -> tuple[tuple[Arm, ConfigDict], ...]:
     return (*rows, *own)
 
 
-def _size(table: Table, dense: ConfigDict, reference: ConfigDict) -> int:
+def _size(table: Table, scale: str, dense: ConfigDict, reference: ConfigDict) -> int:
     """Parameters of the model that the baselines match."""
-    if table.share is None:
+    share = table.share_at(scale)
+    if share is None:
         return ended(reference, validate(reference, devices=1)).params
     task = validate(dense, devices=1)
     entries = sum(site.bound.dense_params for site in task.table.values() if site.kind == "linear")
-    return task.params - round((1 - table.share) * entries)
+    return task.params - round((1 - share) * entries)
 
 
 def changed(config: ConfigDict, changes: Mapping[str, Any], place: str) -> ConfigDict:

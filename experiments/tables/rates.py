@@ -15,19 +15,36 @@ NAIVE = {"mup.enabled": False}
 NORMED = "block tensor train, weight norm"
 
 
+WIDE = {"model.width": 1024, "model.heads": 16}
+"""The narrowest of the paper's GPT-2 of block tensor trains, which have rank 4 in all layers, the head among them; the heads
+are ours."""
+
+
+def at(name: str) -> dict[str, dict[str, object]]:
+    """What differs at the paper's scale."""
+    if "block tensor train" not in name:
+        return {}
+    structure = "block_tensor_train(rank=4, order='blocked')"
+    structure = f"weight_norm({structure})" if name == NORMED else structure
+    return {"paper": {"structure": f"layers_.*|head -> {structure}", **WIDE}}
+
+
 def arms() -> tuple[Arm, ...]:
     """Every structure with its own rates, and with the rate that is best for dense."""
-    aware = [Arm(name, {"structure": text}) for name, text in STRUCTURES.items()]
-    naive = [Arm(f"{name}, dense rate", {"structure": t} | NAIVE, tuned_with=DENSE) for name, t in STRUCTURES.items()]
+    aware = [Arm(name, {"structure": text}, at=at(name)) for name, text in STRUCTURES.items()]
+    naive = [
+        Arm(f"{name}, dense rate", {"structure": text} | NAIVE, tuned_with=DENSE, at=at(name))
+        for name, text in STRUCTURES.items()
+    ]
     normed = {"structure": f"weight_norm({STRUCTURES['block tensor train']})"}
-    return (*aware, *naive, Arm(NORMED, normed))
+    return (*aware, *naive, Arm(NORMED, normed, at=at(NORMED)))
 
 
 RATES = Table(
     name="structure_rates",
     title="Structure-aware learning rates against the rate of the dense model",
     citation=f"{CITATION}, Figure 1c",
-    bases={"cpu": "bytes"},
+    bases={"cpu": "bytes", "gpu": "bytes", "paper": "openwebtext_small"},
     arms=arms(),
     reference="block tensor train",
     claims=(

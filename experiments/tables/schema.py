@@ -85,7 +85,7 @@ class Table:
       columns: the paper's columns, in the order shown: key of `Arm.paper` -> heading.
       baselines_paper: baseline's name -> column -> the paper's figure.
       low_rank: structure text of the low-rank baseline with `{share}` for the fraction of the dense parameters; "" where
-        arms are low rank themselves, or the reference arm is larger than dense.
+        arms are low rank themselves, or the reference arm is larger than dense. Either may be given by scale.
       remarks: scale -> paragraphs under the table, such as why a claim does not hold there.
       extra: (results) -> Markdown under the table, such as a fit over its runs.
     """
@@ -99,10 +99,18 @@ class Table:
     claims: tuple[Claim, ...] = ()
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     baselines_paper: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
-    share: float | None = None
-    low_rank: str = "fit(low_rank(), params={share})"
+    share: float | Mapping[str, float] | None = None
+    low_rank: str | Mapping[str, str] = "fit(low_rank(), params={share})"
     remarks: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     extra: Callable[[Any], str] | None = None
+
+    def share_at(self, scale: str) -> float | None:
+        """The share at a scale."""
+        return self.share[scale] if isinstance(self.share, Mapping) else self.share
+
+    def low_rank_at(self, scale: str) -> str:
+        """The low-rank baseline's structure at a scale."""
+        return self.low_rank if isinstance(self.low_rank, str) else self.low_rank[scale]
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -19,24 +21,53 @@ CITATION = (
     "2405.15481; the share of the gap closed is that of perplexity against other low-rank methods, from the abstracts of "
     "versions 3 (LLaMA-1.3B, 18.7% of the parameters trainable) and 1 (OPT-125M)"
 )
-RANK = 16
-CUT = 32
+RANKS = {"cpu": 16, "gpu": 96, "paper": 64}
+"""Of the vectors that train, by scale: an eighth of the width, and the paper's of OPT-125M."""
+PERIODS = {"cpu": (25, 5), "gpu": (50, 5), "paper": (200, 20)}
+"""Steps between draws, and of the warm-up after each."""
+SHARES = {"cpu": 0.1875, "gpu": 0.1875, "paper": 0.125}
+"""Parameters of a low-rank weight of that rank in all sites, over dense's."""
+CUTS = {"cpu": 32, "gpu": 192, "paper": 192}
 """Rank that trained weights are cut to."""
-ADAPTER = f"frozen(dense()) + low_rank(rank={RANK})"
 RIVALS = (LOW_RANK, "lora", "relora")
 
 
+def at(fields: Callable[[str], dict[str, str]]) -> dict[str, Any]:
+    """`changes` and `at` of an arm from its fields at a scale."""
+    return {"changes": fields("cpu"), "at": {scale: fields(scale) for scale in RANKS if scale != "cpu"}}
+
+
+def period(method: str, scale: str, **arguments: object) -> str:
+    """A method's text with the scale's lengths and further `arguments`."""
+    every, warmup = PERIODS[scale]
+    return f"{method}(every={every}, warmup={warmup}{''.join(f', {k}={v!r}' for k, v in arguments.items())})"
+
+
+def trained(scale: str, **arguments: object) -> dict[str, str]:
+    """What trains by SST, with further `arguments` of the method."""
+    return {"structure": f"sst(rank={RANKS[scale]})", "method": period("sst", scale, **arguments)}
+
+
+def adapter(scale: str) -> str:
+    """LoRA's structure."""
+    return f"frozen(dense()) + low_rank(rank={RANKS[scale]})"
+
+
+def cut(scale: str) -> dict[str, str]:
+    """What projects the weights after training."""
+    return {"switch": f"end: low_rank(rank={CUTS[scale]})"}
+
+
 def sst(name: str, **arguments: object) -> Arm:
-    """SST in rounds of 8 iterations of 25 steps, with further `arguments` of the method."""
-    said = "".join(f", {field}={value!r}" for field, value in arguments.items())
+    """SST, with further `arguments` of the method."""
     return Arm(
         name,
-        {"structure": f"sst(rank={RANK})", "method": f"sst(every=25, warmup=5{said})"},
+        **at(lambda scale: trained(scale, **arguments)),
         tuned_with="sst" if arguments else "",
         paper={} if arguments else {"llama": 97.4, "opt": 67.6},
         note=""
         if arguments
-        else "rounds of 8 iterations of 25 steps are our choice, for the paper's are not known to us",
+        else "the lengths of iterations and rounds are our choice, for the paper's are not known to us",
     )
 
 
@@ -80,7 +111,7 @@ SST = Table(
     name="sst",
     title="Full-rank training with the optimiser's state of a low-rank weight: SST, its ablations, LoRA and ReLoRA",
     citation=CITATION,
-    bases={"cpu": "bytes"},
+    bases={"cpu": "bytes", "gpu": "bytes", "paper": "openwebtext_epochs"},
     arms=(
         sst("sst"),
         sst("sst, no renewal", renew=False),
@@ -89,21 +120,21 @@ SST = Table(
         sst("sst, sequential", sampling="sequential"),
         Arm(
             "lora",
-            {"structure": ADAPTER},
-            note=f"a low-rank term of rank {RANK} from zero beside the frozen dense initialisation",
+            **at(lambda scale: {"structure": adapter(scale)}),
+            note="a low-rank term of the same rank from zero beside the frozen dense initialisation",
         ),
         Arm(
             "sst, cut",
-            {"structure": f"sst(rank={RANK})", "method": "sst(every=25, warmup=5)", "switch": f"end: low_rank(rank={CUT})"},
+            **at(lambda scale: trained(scale) | cut(scale)),
             tuned_with="sst",
-            note=f"cut to rank {CUT} after training, as `dense, cut`",
+            note="cut to a quarter of the width after training, as `dense, cut`",
         ),
-        Arm("dense, cut", {"switch": f"end: low_rank(rank={CUT})"}, tuned_with=DENSE),
-        Arm("relora", {"structure": ADAPTER, "method": "relora(every=25, warmup=5)"}),
+        Arm("dense, cut", **at(cut), tuned_with=DENSE),
+        Arm("relora", **at(lambda scale: {"structure": adapter(scale), "method": period("relora", scale)})),
     ),
     reference="sst",
-    share=0.1875,  # of rank 16 at width 128
-    low_rank=f"low_rank(rank={RANK})",
+    share=SHARES,
+    low_rank={scale: f"low_rank(rank={rank})" for scale, rank in RANKS.items()},
     columns={"llama": "gap closed, LLaMA-1.3B, %", "opt": "gap closed, OPT-125M, %"},
     claims=(
         Claim("full rank is at least as good as SST", "the paper's comparison", DENSE, "sst"),
