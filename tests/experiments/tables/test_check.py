@@ -30,6 +30,13 @@ def test_the_papers_own_sizes_and_schedules():
     )
     assert (own["sltrain"].optim.lr, own["sltrain"].steps, own[DENSE].structure) == (3e-3, 11_000, "dense()")
     assert own["sltrain, 8-bit moments"].optim.name == "adamw_8bit"
+    own = configs("sst")
+    assert (own["sst"].structure, own["sst"].steps, own["low rank"].structure) == (
+        "sst(rank=64)",
+        37574,
+        "low_rank(rank=64)",
+    )
+    assert own["sst, cut"].method == own["sst"].method == "sst(every=200, warmup=20)"
 
 
 @pytest.mark.long
@@ -42,7 +49,9 @@ def test_every_scale_of_every_table_has_a_base_and_paper_ones_a_pod():
     for table in TABLES.values():
         for scale, name in table.bases.items():
             assert bool(BASES[scale, name].pod) == (scale == "paper")
-    assert {"monarch", "monarch_s2d", "sltrain", "lost"} <= {table.name for table in PAPER}
+    assert {"monarch", "monarch_s2d", "sltrain", "lost", "sst", "structure_rates", "kronecker", "btt_moe_lm"} <= {
+        table.name for table in PAPER
+    }
 
 
 @dataclasses.dataclass

@@ -49,7 +49,7 @@ TABLE = Table(
 )
 
 
-OWN_AT_GPU = ("sltrain", "monarch_flow", "monarch_mri", "monarch_mri_few", "mg_tfno")
+OWN_AT_GPU = ("sltrain", "sst", "monarch_flow", "monarch_mri", "monarch_mri_few", "mg_tfno")
 """Tables with changes of their own at gpu scale; to size the others' models takes long."""
 
 
@@ -120,6 +120,18 @@ def test_baselines_may_match_a_share_instead(monkeypatch):
     half = dataclasses.replace(TABLE, arms=(masked,), reference="masked", claims=(claim,), share=0.5)
     params = {arm.name: validate(config).params for arm, config in planning.arms_of(half, "cpu")}
     assert params["masked"] == params[DENSE] and 0.9 * (params[DENSE] - 1536) < params[SMALL] <= params[DENSE] - 1536
+
+
+def test_share_and_low_rank_may_depend_on_the_scale(monkeypatch):
+    monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), TINY)
+    monkeypatch.setitem(bases.BASES, ("gpu", "tiny"), TINY)
+    low_rank = {"cpu": "low_rank(rank=2)", "gpu": "low_rank(rank=3)"}
+    both = dataclasses.replace(
+        TABLE, bases={"cpu": "tiny", "gpu": "tiny"}, share={"cpu": 0.3, "gpu": 0.6}, low_rank=low_rank
+    )
+    found = {scale: {arm.name: c for arm, c in planning.arms_of(both, scale)} for scale in both.bases}
+    assert [found[scale][LOW_RANK].structure for scale in low_rank] == list(low_rank.values())
+    assert found["cpu"][SMALL].model.width < found["gpu"][SMALL].model.width
 
 
 def test_the_page_says_what_was_found(trained, tmp_path):
