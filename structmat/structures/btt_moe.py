@@ -104,8 +104,8 @@ class BoundBttMoe(Bound):
         return (x @ params["gate"]).astype(jnp.float32)
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
-        """One expert after another: all at once, what lies between the cores is E times as large, and XLA's products of it
-        take three to six times as long on a CPU. It is formed again for the gradients for the same reason."""
+        """One expert after another: all at once, what lies between the cores is E times as large, and moving it costs a CPU
+        more than the products do. It is formed again for the gradients for the same reason."""
         weights = self.route(self._logits(params, x)).astype(x.dtype)
         right, left = jnp.moveaxis(params["R"], 3, 0)[..., None], jnp.moveaxis(params["L"], 2, 0)[:, :, :, None]
 
