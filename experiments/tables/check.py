@@ -87,7 +87,8 @@ def page(rows: Sequence[dict[str, Any]], record: Record) -> tuple[str, Grid, str
     """Markdown before the table, the table, and after it."""
     about = (
         f"jax {record.versions['jax']}, libtpu {record.versions.get('libtpu', '(unknown)')}, {record.date}, last call "
-        f"`{record.command}`. The paper's own model and batch, the first stage of every arm; nothing ran."
+        f"`{record.command}`. The paper's own model and batch, data parallel, the first stage of every arm; nothing ran. GiB "
+        "are arguments and temporaries, which a program need not hold all at once: the compiler placed what is said to fit."
     )
     kept = sum(r["fits"] for r in rows)
     return (
