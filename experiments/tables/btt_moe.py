@@ -74,7 +74,7 @@ def normed(structure: str) -> dict[str, Any]:
 
 LANGUAGE = Table(
     name="btt_moe_lm",
-    title="The same in every linear layer of a language model",
+    title="Experts in every linear layer of a language model, with normalised weights",
     citation=BTT_MOE.citation,
     bases={"cpu": "bytes_short", "paper": "openwebtext_bytes"},
     arms=(
