@@ -19,8 +19,12 @@ PUBLISHED = {
     "gpt2_large": 774_030_080,
     "vit_s": 22_050_664,
     "vit_b": 86_567_656,
+    "vit_s768": 48_772_840,
+    "mixer_s": 18_528_264,
+    "mixer_b": 59_880_472,
 }
-"""LLaMA 60M to 1B: 58.1M, 134.1M, 368M, 1339M in SLTrain's memory model; the others: of the released weights."""
+"""LLaMA 60M to 1B: 58.1M, 134.1M, 368M, 1339M in SLTrain's memory model; vit_s768: 48.8M in Dao et al. 2022; the others: of the
+released weights."""
 QUICK = (
     "demo",
     "demo_lm_monarch",
