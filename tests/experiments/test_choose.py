@@ -165,6 +165,7 @@ def test_the_command_on_files(tmp_path):
     assert Record.read(tmp_path / "out" / "choose.json").config["left_out"] == ["bias: shape (3,)"]
 
 
+@pytest.mark.long
 def test_what_the_user_got_wrong_is_told(tmp_path):
     code, text = command(f"--workdir={tmp_path}", "--budgets=0.5")
     assert code == 2 and "holds no run" in text and "Traceback" not in text

@@ -19,6 +19,7 @@ ROW = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_every_real_family_is_a_valid_config():
     families = real_families()
     assert set(FAMILIES) - set(families) == {"fourier"}

@@ -82,6 +82,7 @@ def test_harmonics_turn_by_wigner_matrices():
     np.testing.assert_allclose(found[:, 6], math.sqrt(5) * (3 * x[:, 2] ** 2 - 1) / 2, atol=1e-12)
 
 
+@pytest.mark.long
 def test_the_network_keeps_symmetries_and_factors_miss_them_by_their_error():
     """A cluster turned and moved, with its atoms in another order, and with other numbers in its padding."""
     x, here = DATA.positions, DATA.here

@@ -144,6 +144,7 @@ def test_the_same_parameters_apply_on_a_finer_grid():
     close(model.apply(variables, fine)[:, ::2, ::2], y, 1e-2)
 
 
+@pytest.mark.long
 def test_padding_of_no_points_changes_no_operation():
     """And a ramp, whose ends differ, sees the points it is given, with the same parameters."""
     ramp = np.broadcast_to(np.linspace(-1, 1, 8, dtype=np.float32)[None, :, None], (2, 8, 1))

@@ -121,6 +121,7 @@ class MLP(nnx.Module):
         return x
 
 
+@pytest.mark.long
 def test_an_optimiser_of_nnx_trains_params_and_nothing_frozen():
     model, x = MLP(nnx.Rngs(0)), jax.random.normal(KEY, (16, 8))
     before = jax.device_get(ours.to_linen(model))

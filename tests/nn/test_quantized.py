@@ -18,6 +18,7 @@ def variables(module, *args):
     return nn.unbox(jax.jit(module.init)(jax.random.key(0), *args))
 
 
+@pytest.mark.long
 def test_codes_and_scales_are_frozen_and_the_layer_equals_its_matrix():
     x = jax.random.normal(jax.random.key(1), (3, 5, 32))
     layer = StructuredDense(24, structure=TEXT, use_bias=False)

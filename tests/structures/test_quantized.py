@@ -135,6 +135,7 @@ def test_never_worse_than_plain_rounding(bits, grid, symmetric):
     assert ours.sum() < (0.98 if bits < 8 else 1) * plain.sum()
 
 
+@pytest.mark.long
 def test_both_axes_group_consecutive_entries():
     """Against fake quantisation, which rounds runs of a row; the other axis is its transpose."""
     w = normal(3, 12, 32)

@@ -101,6 +101,7 @@ def test_lm_learns_and_writes_its_record(tmp_path):
     assert loop.train(config, tmp_path / "run") == record
 
 
+@pytest.mark.long
 def test_digits_reaches_ninety_percent(tmp_path):
     config = small_digits(steps=120, batch=64, structure="monarch(blocks=4)", log_every=50)
     config.model.width = 64
