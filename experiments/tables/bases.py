@@ -58,8 +58,7 @@ def digits_resnet() -> ConfigDict:
 
 
 def digits_vit() -> ConfigDict:
-    """A vision transformer of two layers on the same, which reads the mean over patches: with a class token the spread over
-    seeds hides every difference after so few steps."""
+    """A vision transformer of two layers on the same, which reads the mean over patches."""
     config = default("images", "vit")
     config.update(steps=900, batch=64)
     config.model.pool = "mean"

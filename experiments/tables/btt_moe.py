@@ -79,7 +79,9 @@ LANGUAGE = Table(
     bases={"cpu": "bytes_short", "paper": "openwebtext_bytes"},
     arms=(
         Arm(
-            MOE, **normed("btt_moe(experts=8)"), note="all experts are computed: steps cost four times the FLOPs shown"
+            MOE,
+            **normed("btt_moe(experts=8)"),
+            note="all experts are computed; the FLOPs shown are those of the two that act",
         ),
         Arm("btt moe, 4 experts", **normed("btt_moe(experts=4)"), tuned_with=MOE),
         Arm("btt moe, no balance", **normed("btt_moe(experts=8, balance=0.0)"), tuned_with=MOE),

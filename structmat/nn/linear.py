@@ -101,7 +101,7 @@ def check_auxiliary(structure: Structure, allowed: bool = True) -> None:
     elif (structure.has_auxiliary and not allowed) or _inside(structure):
         raise StructureError(
             f"{structure.short()}: what it adds to the loss has no place here, only as the weight of a linear layer, as a "
-            "term of a sum or in weight_norm; balance=0.0 leaves it out"
+            "term of a sum, in weight_norm or in fake_quantized; balance=0.0 leaves it out"
         )
 
 

@@ -29,9 +29,10 @@ class BttMoe(Structure):
 
     In training `balance` times [E sum_e p_e f_e + 0.1 mean(logsumexp(x gate)^2)] is added to the loss, p the mean softmax
     over all experts and f the share of inputs sent to each; the factor is our choice, the paper's is not known to us. The
-    term is kept as a whole weight, as a term of a sum and in `weight_norm`, which leaves the gate as it is; elsewhere it is refused. The
-    gate starts at zero, so that the first experts take everything until that term spreads it. FLOPs are those of the
-    active experts and the gate; all experts are computed, as in the paper's code, and the others' part thrown away.
+    term is kept as a whole weight, as a term of a sum, in `weight_norm` (which leaves the gate as it is) and in
+    `fake_quantized`; elsewhere it is refused. The gate starts at zero, so that the first experts take everything until that
+    term spreads it. FLOPs are those of the active experts and the gate; all experts are computed, as in the paper's code,
+    and the others' part thrown away.
     """
 
     experts: int | None = None
@@ -104,8 +105,8 @@ class BoundBttMoe(Bound):
         return (x @ params["gate"]).astype(jnp.float32)
 
     def matmul(self, params: Params, x: jax.Array) -> jax.Array:
-        """One expert after another: all at once, what lies between the cores is E times as large, and moving it costs a CPU
-        more than the products do. It is formed again for the gradients for the same reason."""
+        """One expert after another: all at once, what lies between the cores is E times as large. It is formed again for the
+        gradients for the same reason."""
         weights = self.route(self._logits(params, x)).astype(x.dtype)
         right, left = jnp.moveaxis(params["R"], 3, 0)[..., None], jnp.moveaxis(params["L"], 2, 0)[:, :, :, None]
 

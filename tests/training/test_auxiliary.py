@@ -22,7 +22,9 @@ def built(tmp_path, structure=MOE, **fields):
     return task, {"tokens": tokens}
 
 
-@pytest.mark.parametrize("structure", mostly_long([MOE, f"weight_norm({MOE})"], [MOE]))
+@pytest.mark.parametrize(
+    "structure", mostly_long([MOE, f"weight_norm({MOE})", f"fake_quantized({MOE}, bits=8)"], [MOE])
+)
 def test_evaluation_is_without_it_and_training_has_it_apart(tmp_path, structure):
     task, batch = built(tmp_path, structure)
     variables = jax.jit(task.model.init)(jax.random.key(0), batch["tokens"][:, :-1])
