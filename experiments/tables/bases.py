@@ -23,8 +23,9 @@ class Base:
       others: further held-out figures to show, by name.
       seeds: how many. reseeded: fields of the config that are set to the seed as well, as where so few examples are trained
         on that which ones matters.
-      rates: multiples of the config's learning rate that are tried when an arm is tuned; a single one is not tried but
-        taken.
+      rates: multiples of the config's learning rate that are tried when an arm is tuned, ascending; a single one is not
+        tried but taken.
+      further: how many more are tried, one after another, as long as the best is at an end.
       pod: topology its configs are compiled for by `python -m experiments.tables check`.
     """
 
@@ -35,6 +36,7 @@ class Base:
     seeds: int = 3
     reseeded: tuple[str, ...] = ()
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
+    further: int = 2
     pod: str = ""
 
 
@@ -48,32 +50,29 @@ def digits() -> ConfigDict:
     return config
 
 
+def _digits_images(model: str, steps: int, base_width: int) -> ConfigDict:
+    config = default("images", model)
+    config.update(steps=steps, batch=64)
+    config.optim.lr = 8e-3
+    config.mup.base_width = base_width
+    return config
+
+
 def digits_resnet() -> ConfigDict:
     """Two residual blocks on the same digits, as images."""
-    config = default("images", "resnet")
-    config.update(steps=400, batch=64)
-    config.optim.lr = 8e-3
-    config.mup.base_width = 16
-    return config
+    return _digits_images("resnet", 400, 16)
 
 
 def digits_vit() -> ConfigDict:
     """A vision transformer of two layers on the same, which reads the mean over patches."""
-    config = default("images", "vit")
-    config.update(steps=900, batch=64)
+    config = _digits_images("vit", 900, 64)
     config.model.pool = "mean"
-    config.optim.lr = 8e-3
-    config.mup.base_width = 64
     return config
 
 
 def digits_mixer() -> ConfigDict:
     """A mixer of two layers on the same."""
-    config = default("images", "mixer")
-    config.update(steps=600, batch=64)
-    config.optim.lr = 8e-3
-    config.mup.base_width = 64
-    return config
+    return _digits_images("mixer", 600, 64)
 
 
 def bytes_cpu() -> ConfigDict:
@@ -256,7 +255,7 @@ BASES: dict[tuple[str, str], Base] = {
     ("paper", "imagenet_mixer"): Base(
         imagenet_mixer, "accuracy", lower=False, others=("loss",), rates=(1.0,), pod="v5e:4x4"
     ),
-    ("paper", "c4_60m"): Base(c4_60m, "bits_per_token", rates=(0.33, 1.0), pod="v5e:4x4"),
+    ("paper", "c4_60m"): Base(c4_60m, "bits_per_token", rates=(0.33, 1.0), further=0, pod="v5e:4x4"),
 }
 """(scale, name) -> Base."""
 

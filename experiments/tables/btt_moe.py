@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.tables.schema import DENSE, Arm, Claim, Table
+from experiments.tables.schema import DENSE, Arm, Claim, Table, by_scale
 
 HIDDEN = "layers_[1-9] -> "
 WIDTH = 576
@@ -66,10 +66,15 @@ NARROW = {"cpu": (64, 4), "paper": (512, 16)}
 """Of the dense model with the FLOPs of two experts."""
 
 
+def sized(sizes: dict[str, tuple[int, int]], **changes: object) -> dict[str, Any]:
+    """Fields of an arm whose width and heads depend on the scale."""
+    fields = lambda scale: {"model.width": sizes[scale][0], "model.heads": sizes[scale][1]} | changes
+    return by_scale(fields, tuple(sizes))
+
+
 def normed(structure: str) -> dict[str, Any]:
-    """Changes and changes at scales of an arm whose linear layers are all of this structure, with weight normalisation."""
-    sizes = {scale: {"model.width": width, "model.heads": heads} for scale, (width, heads) in WIDTHS.items()}
-    return {"changes": {"structure": f"weight_norm({structure})"}, "at": sizes}
+    """Fields of an arm whose linear layers are all of this structure, with weight normalisation."""
+    return sized(WIDTHS, structure=f"weight_norm({structure})")
 
 
 LANGUAGE = Table(
@@ -98,7 +103,7 @@ LANGUAGE = Table(
         ),
         Arm(
             "dense, the same FLOPs",
-            at={scale: {"model.width": width, "model.heads": heads} for scale, (width, heads) in NARROW.items()},
+            **sized(NARROW),
             tuned_with=DENSE,
         ),
     ),

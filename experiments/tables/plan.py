@@ -42,13 +42,23 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An arm with its config at a scale. `rate`: the multiple of the base rate that was best, None if not known yet."""
+    """An arm with its config at a scale.
+
+    Attributes:
+      tried: multiple of the base rate -> its trial, where the arm is tuned itself. rate: the best of them, None if not known
+        yet.
+    """
 
     arm: Arm
     config: ConfigDict
-    tried: tuple[Run, ...]
+    tried: Mapping[float, Run]
     rate: float | None
     runs: tuple[Run, ...]
+
+    @property
+    def edge(self) -> bool:
+        """Whether the best rate is the lowest or highest that was tried."""
+        return self.rate is not None and bool(self.tried) and self.rate in (min(self.tried), max(self.tried))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +72,9 @@ class Plan:
 
     def runs(self) -> list[Run]:
         """Every run that can be named so far, rates first, each once."""
-        found = [run for row in self.rows for run in row.tried] + [run for row in self.rows for run in row.runs]
+        found = [run for row in self.rows for run in row.tried.values()] + [
+            run for row in self.rows for run in row.runs
+        ]
         return list({run.key: run for run in found}.values())
 
     def complete(self) -> bool:
@@ -82,17 +94,15 @@ def plan(table: Table, scale: str, store: Store) -> Plan:
     """
     base = base_at(table, scale)
     rates: dict[str, float | None] = {}
-    tried: dict[str, tuple[Run, ...]] = {}
+    tried: dict[str, Mapping[float, Run]] = {}
     for arm, config in arms_of(table, scale):
         if not arm.tuned_with:
-            choose = len(base.rates) > 1
-            tried[arm.name] = _trials(arm.name, config, base) if choose else ()
-            rates[arm.name] = best_rate(tried[arm.name], base, store) if choose else base.rates[0]
+            tried[arm.name], rates[arm.name] = _tuned(arm.name, config, base, store)
     rows = []
     for arm, config in arms_of(table, scale):
         rate = rates[arm.tuned_with or arm.name]
         runs = () if rate is None else tuple(_train(arm.name, config, base, rate, seed) for seed in range(base.seeds))
-        rows.append(Row(arm, config, tried.get(arm.name, ()), rate, runs))
+        rows.append(Row(arm, config, tried.get(arm.name, {}), rate, runs))
     return Plan(table, scale, base, tuple(rows))
 
 
@@ -163,13 +173,25 @@ def changed(config: ConfigDict, changes: Mapping[str, Any], place: str) -> Confi
     return own
 
 
-def _trials(name: str, config: ConfigDict, base: Base) -> tuple[Run, ...]:
-    runs = []
-    for rate in base.rates:
-        own = _at_rate(config, base, rate, TUNE_SEED)
-        own.steps = max(1, config.steps // TUNE_SHARE)
-        runs.append(Run(f"{name}, rate x{rate:g}", key_of(own), own))
-    return tuple(runs)
+def _tuned(name: str, config: ConfigDict, base: Base, store: Store) -> tuple[Mapping[float, Run], float | None]:
+    """The trials an arm needs, given the results there are, and the best rate, None while one is missing."""
+    if len(base.rates) == 1:
+        return {}, base.rates[0]
+    trials = {rate: _trial(name, config, base, rate) for rate in base.rates}
+    for _ in range(base.further):
+        best, ends = best_rate(trials, base, store), sorted(trials)
+        if best not in (ends[0], ends[-1]):
+            break
+        at, inner = (ends[0], ends[1]) if best == ends[0] else (ends[-1], ends[-2])
+        beyond = float(f"{at * at / inner:.6g}")
+        trials[beyond] = _trial(name, config, base, beyond)
+    return trials, best_rate(trials, base, store)
+
+
+def _trial(name: str, config: ConfigDict, base: Base, rate: float) -> Run:
+    own = _at_rate(config, base, rate, TUNE_SEED)
+    own.steps = max(1, config.steps // TUNE_SHARE)
+    return Run(f"{name}, rate x{rate:g}", key_of(own), own)
 
 
 def _train(name: str, config: ConfigDict, base: Base, rate: float, seed: int) -> Run:
@@ -183,19 +205,22 @@ def _at_rate(config: ConfigDict, base: Base, rate: float, seed: int) -> ConfigDi
     return own
 
 
-def best_rate(trials: tuple[Run, ...], base: Base, store: Store) -> float | None:
+def best_rate(trials: Mapping[float, Run], base: Base, store: Store) -> float | None:
     """The multiple whose trial ended best; None while one is missing.
 
     Raises:
       TableError: every trial diverged.
     """
-    found: list[Result | None] = [store.read(run.key) for run in trials]
-    if any(result is None for result in found):
+    found: dict[float, Result | None] = {rate: store.read(run.key) for rate, run in trials.items()}
+    if any(result is None for result in found.values()):
         return None
     sign = 1 if base.lower else -1
-    scored = [(sign * r.heldout[base.metric], rate) for r, rate in zip(found, base.rates) if r and not r.failed]
+    scored = [(sign * r.heldout[base.metric], rate) for rate, r in found.items() if r and not r.failed]
     if not scored:
-        raise TableError(f"{trials[0].label}: the run failed at every rate tried: {found[0] and found[0].failed}")
+        first = next(iter(trials))
+        raise TableError(
+            f"{trials[first].label}: the run failed at every rate tried: {found[first] and found[first].failed}"
+        )
     return min(scored)[1]
 
 

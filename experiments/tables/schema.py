@@ -51,6 +51,12 @@ class Arm:
         return {**changes, **self.at.get(scale, {})}
 
 
+def by_scale(fields: Callable[[str], Changes], scales: Sequence[str] = SCALES) -> dict[str, Any]:
+    """`changes` and `at` of an arm from its fields at each of the scales, of which the first is the table's smallest."""
+    first, *rest = scales
+    return {"changes": fields(first), "at": {scale: fields(scale) for scale in rest}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Claim:
     """What the paper asserts of two arms, judged over seeds.

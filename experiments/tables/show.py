@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table as Grid
 
+from experiments.tables.bases import Base
 from experiments.tables.judge import Verdict, interval
 from experiments.tables.results import Cost, Line, Results, cost_of
 from experiments.tables.schema import DENSE, Claim
@@ -39,7 +40,7 @@ def _costs(line: Line, results: Results, dense: Cost) -> list[str]:
     cost, memory = cost_of(line.row.config), line.memory
     time = results.times and results.times.over_dense.get(line.row.arm.name)
     return [
-        _rate(line, results.plan.base.rates),
+        _rate(line),
         f"{cost.params:,} ({cost.params / dense.params:.2f}x)",
         f"{cost.bits / 1e6:.2f}",
         f"{cost.flops:,}",
@@ -62,11 +63,9 @@ def _seeds(line: Line) -> str:
     return str(ended) + (f", {line.diverged} diverged" if line.diverged else "")
 
 
-def _rate(line: Line, rates: Sequence[float]) -> str:
-    """The multiple of the base rate; ! where the best tried was the first or last."""
-    if line.row.rate is None:
-        return "-"
-    return f"x{line.row.rate:g}" + "!" * (bool(line.row.tried) and line.row.rate in (min(rates), max(rates)))
+def _rate(line: Line) -> str:
+    """The multiple of the base rate; ! where it is the first or last that was tried."""
+    return "-" if line.row.rate is None else f"x{line.row.rate:g}{'!' * line.row.edge}"
 
 
 def sentence(claim: Claim, verdict: Verdict | None) -> str:
@@ -97,12 +96,20 @@ def conditions(results: Results) -> str:
     row = plan.rows[0]
     return (
         f"Scale {plan.scale}: {row.config.steps} steps of {row.config.batch} examples; {'; '.join(data)}. Mean ± standard "
-        f"deviation over seeds 0 to {plan.base.seeds - 1}. Rate: multiple of {row.config.optim.lr:g} best of "
-        f"{', '.join(f'{r:g}' for r in plan.base.rates)} in a run of a third of the steps with another seed, per family; ! is at "
-        f"the end of what was tried. Step: its time over dense's, {_timed(results)}. Parameters, "
+        f"deviation over seeds 0 to {plan.base.seeds - 1}. Rate: {_tuning(plan.base, row.config.optim.lr)}. Step: its time over dense's, {_timed(results)}. Parameters, "
         "bits and FLOPs: of the model that is evaluated. Memory: of the compiled step, state and temporaries. "
         f"{'; '.join(machines)}, jax {', '.join(versions)}, {dates[0][:10]} to {dates[-1][:10]}, {len(records)} runs, the "
         f"longest {slowest:.0f} s. `python -m experiments.tables run {plan.table.name} --scale={plan.scale}`"
+    )
+
+
+def _tuning(base: Base, lr: float) -> str:
+    if len(base.rates) == 1:
+        return f"{lr * base.rates[0]:g}"
+    beyond = f", and up to {base.further} beyond as long as the best is at an end," if base.further else ""
+    return (
+        f"multiple of {lr:g} best of {', '.join(f'{r:g}' for r in base.rates)}{beyond} in a run of a third of the steps with "
+        "another seed, per family; ! is at the end of what was tried"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments.tables.schema import DENSE, LOW_RANK, SMALL, Arm, Claim, Table
+from experiments.tables.schema import DENSE, LOW_RANK, SMALL, Arm, Claim, Table, by_scale
 
 CITATION = 'Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining", NeurIPS 2024'
 WIDTHS = {"cpu": 128, "gpu": 768, "paper": 512}
@@ -30,10 +30,7 @@ def sltrain(scale: str, density: float = 0.03) -> str:
 
 def of(structure: Callable[[str], str], **changes: Any) -> dict[str, Any]:
     """Fields of an arm whose structure depends on the scale."""
-    return {
-        "changes": {"structure": structure("cpu")} | changes,
-        "at": {scale: {"structure": structure(scale)} for scale in ("gpu", "paper")},
-    }
+    return by_scale(lambda scale: {"structure": structure(scale)} | changes)
 
 
 PRETRAIN = Table(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from experiments.tables.results import Results
-from experiments.tables.schema import DENSE, LOW_RANK, Arm, Claim, Table
+from experiments.tables.schema import DENSE, LOW_RANK, Arm, Claim, Table, by_scale
 from structmat.parallel import unbox
 from structmat.training.build import optimizer_for
 from structmat.training.config import validate
@@ -30,11 +28,6 @@ SHARES = {"cpu": 0.1875, "gpu": 0.1875, "paper": 0.125}
 CUTS = {"cpu": 32, "gpu": 192, "paper": 192}
 """Rank that trained weights are cut to."""
 RIVALS = (LOW_RANK, "lora", "relora")
-
-
-def at(fields: Callable[[str], dict[str, str]]) -> dict[str, Any]:
-    """`changes` and `at` of an arm from its fields at a scale."""
-    return {"changes": fields("cpu"), "at": {scale: fields(scale) for scale in RANKS if scale != "cpu"}}
 
 
 def period(method: str, scale: str, **arguments: object) -> str:
@@ -62,7 +55,7 @@ def sst(name: str, **arguments: object) -> Arm:
     """SST, with further `arguments` of the method."""
     return Arm(
         name,
-        **at(lambda scale: trained(scale, **arguments)),
+        **by_scale(lambda scale: trained(scale, **arguments)),
         tuned_with="sst" if arguments else "",
         paper={} if arguments else {"llama": 97.4, "opt": 67.6},
         note=""
@@ -120,17 +113,17 @@ SST = Table(
         sst("sst, sequential", sampling="sequential"),
         Arm(
             "lora",
-            **at(lambda scale: {"structure": adapter(scale)}),
+            **by_scale(lambda scale: {"structure": adapter(scale)}),
             note="a low-rank term of the same rank from zero beside the frozen dense initialisation",
         ),
         Arm(
             "sst, cut",
-            **at(lambda scale: trained(scale) | cut(scale)),
+            **by_scale(lambda scale: trained(scale) | cut(scale)),
             tuned_with="sst",
             note="cut to a quarter of the width after training, as `dense, cut`",
         ),
-        Arm("dense, cut", **at(cut), tuned_with=DENSE),
-        Arm("relora", **at(lambda scale: {"structure": adapter(scale), "method": period("relora", scale)})),
+        Arm("dense, cut", **by_scale(cut), tuned_with=DENSE),
+        Arm("relora", **by_scale(lambda scale: {"structure": adapter(scale), "method": period("relora", scale)})),
     ),
     reference="sst",
     share=SHARES,

@@ -1,18 +1,16 @@
 """Mixer against a plain numpy model of the same weights, and what its sites are said to multiply."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from structmat.models import Mixer
-from structmat.nn import assign, site_params, sites
+from structmat.nn import assign
 from structmat.training.config import default, validate
 from structmat.training.errors import ConfigError
 from structmat.training.tasks.image_models import mixer_rows
-from tests.models.helpers import shaken
+from tests.models.helpers import PlainImageModel, shaken
 
 SIZES = dict(classes=5, size=6, patch=2, channels=2, layers=2, width=16, tokens_hidden=7, mlp_ratio=2)
 EXAMPLE = jax.ShapeDtypeStruct((3, 6, 6, 2), jnp.float32)
@@ -20,36 +18,13 @@ RULES = "layers_.*/mlp/.* -> monarch(blocks=2); layers_.*/tokens/up -> low_rank(
 
 
 def reference(model, variables, image):
-    """Logits of one image in float64 numpy; weights only as dense matrices."""
-    table, params = sites(model, EXAMPLE), variables["params"]
-
-    def own(path):
-        name, *rest = path.split("/")
-        node = params["layers_0to1" if name.startswith("layers_") else name]
-        for part in rest:
-            node = node[part]
-        take = lambda a: np.asarray(a[int(name[-1])] if name.startswith("layers_") else a, np.float64)
-        return jax.tree.map(take, node)
-
-    def linear(x, path):
-        w = np.asarray(table[path].bound.materialize(site_params(variables, path, table[path])), np.float64)
-        return x @ w + own(path)["bias"]
-
-    def norm(x, path):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * own(path)["scale"] + own(path)["bias"]
-
-    def mlp(x, path):
-        hidden = linear(x, f"{path}/up")
-        gelu = 0.5 * hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-        return linear(gelu, f"{path}/down")
-
-    image = np.asarray(image, np.float64)
-    x = linear(np.stack([image[i : i + 2, j : j + 2].ravel() for i in (0, 2, 4) for j in (0, 2, 4)]), "patches")
+    """Logits of one image."""
+    plain = PlainImageModel(model, variables, EXAMPLE)
+    x = plain.patches(image)
     for i in range(model.layers):
-        x = x + mlp(norm(x, f"layers_{i}/tokens_norm").T, f"layers_{i}/tokens").T
-        x = x + mlp(norm(x, f"layers_{i}/mlp_norm"), f"layers_{i}/mlp")
-    return linear(norm(x, "norm").mean(0), "head")
+        x = x + plain.mlp(plain.norm(x, f"layers_{i}/tokens_norm").T, f"layers_{i}/tokens").T
+        x = x + plain.mlp(plain.norm(x, f"layers_{i}/mlp_norm"), f"layers_{i}/mlp")
+    return plain.linear(plain.norm(x, "norm").mean(0), "head")
 
 
 def test_logits_equal_the_plain_model():

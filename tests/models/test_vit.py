@@ -1,7 +1,5 @@
 """ViT against a plain numpy model of the same weights."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +7,9 @@ import pytest
 
 from structmat.models import ViT
 from structmat.models.vit import patches
-from structmat.nn import assign, site_params, sites
+from structmat.nn import assign, sites
 from tests.marks import mostly_long
-from tests.models.helpers import shaken
+from tests.models.helpers import PlainImageModel, shaken
 
 SIZES = dict(classes=5, size=6, patch=2, channels=2, layers=2, width=16, heads=2, mlp_ratio=2)
 EXAMPLE = jax.ShapeDtypeStruct((3, 6, 6, 2), jnp.float32)
@@ -24,46 +22,21 @@ def images():
 
 
 def reference(model, variables, image):
-    """Logits of one image in float64 numpy; weights only as dense matrices."""
-    table, params = sites(model, EXAMPLE), variables["params"]
-
-    def own(path):
-        name, *rest = path.split("/")
-        node = params["layers_0to1" if name.startswith("layers_") else name]
-        for part in rest:
-            node = node[part]
-        take = lambda a: np.asarray(a[int(name[-1])] if name.startswith("layers_") else a, np.float64)
-        return jax.tree.map(take, node)
-
-    def linear(x, path):
-        w = np.asarray(table[path].bound.materialize(site_params(variables, path, table[path])), np.float64)
-        return x @ w + own(path)["bias"].ravel()
-
-    def norm(x, path):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * own(path)["scale"] + own(path)["bias"]
-
-    size, side = model.width // model.heads, model.size // model.patch
-    cut = [
-        np.asarray(image, np.float64)[i * 2 : i * 2 + 2, j * 2 : j * 2 + 2].ravel()
-        for i in range(side)
-        for j in range(side)
-    ]
-    x = linear(np.stack(cut), "patches")
+    """Logits of one image."""
+    plain, size = PlainImageModel(model, variables, EXAMPLE), model.width // model.heads
+    x = plain.patches(image)
     if model.pool == "token":
-        x = np.concatenate([np.asarray(params["token"], np.float64)[None], x])
-    x = x + np.asarray(params["positions"], np.float64)
+        x = np.concatenate([plain.own("token")[None], x])
+    x = x + plain.own("positions")
     for i in range(model.layers):
-        y = norm(x, f"layers_{i}/attn_norm")
-        q, k, v = (linear(y, f"layers_{i}/attn/{name}").reshape(-1, model.heads, size) for name in "qkv")
+        y = plain.norm(x, f"layers_{i}/attn_norm")
+        q, k, v = (plain.linear(y, f"layers_{i}/attn/{name}").reshape(-1, model.heads, size) for name in "qkv")
         p = np.exp(np.einsum("qhd,khd->hqk", q, k) / np.sqrt(size))
         y = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v).reshape(len(x), -1)
-        x = x + linear(y, f"layers_{i}/attn/o")
-        hidden = linear(norm(x, f"layers_{i}/mlp_norm"), f"layers_{i}/mlp/up")
-        gelu = 0.5 * hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-        x = x + linear(gelu, f"layers_{i}/mlp/down")
-    x = norm(x, "norm")
-    return linear(x[0] if model.pool == "token" else x.mean(0), "head")
+        x = x + plain.linear(y, f"layers_{i}/attn/o")
+        x = x + plain.mlp(plain.norm(x, f"layers_{i}/mlp_norm"), f"layers_{i}/mlp")
+    x = plain.norm(x, "norm")
+    return plain.linear(x[0] if model.pool == "token" else x.mean(0), "head")
 
 
 @pytest.mark.parametrize(("rules", "pool"), mostly_long([(RULES, "token"), ("dense()", "mean")], [(RULES, "token")]))

@@ -29,7 +29,7 @@ def small():
     return config
 
 
-TINY = Base(small, "loss", others=("accuracy",), seeds=3, rates=(0.5, 1.0))
+TINY = Base(small, "loss", others=("accuracy",), seeds=3, rates=(0.5, 1.0), further=0)
 TABLE = Table(
     name="tiny",
     title="A tiny table",
@@ -90,17 +90,41 @@ def test_rates_first_then_every_seed_each_once(trained, tmp_path):
     assert found.row("monarch, decayed").runs[0].config.optim.weight_decay == 0.3
 
 
+def put(store, key, **metrics):
+    store.write(key, Record.create(name=key, kind="train", config={}, structures={}, seed=0, data_hash="d", seconds=1.0,
+                                   metrics=metrics))  # fmt: skip
+
+
 @pytest.mark.parametrize(("lower", "best"), [(True, 1.0), (False, 2.0)])
 def test_the_rate_is_that_of_the_best_trial(tmp_path, lower, best):
-    store, trials = Store(tmp_path, "cpu"), []
-    for key, loss in (("a", 0.5), ("b", 0.3), ("c", 0.9)):
-        trials.append(Run(key, key, small()))
-        record = {"heldout": {"loss": loss}}
-        store.write(key, Record.create(name=key, kind="train", config={}, structures={}, seed=0, data_hash="d",
-                                       seconds=1.0, metrics=record))  # fmt: skip
+    store, trials = Store(tmp_path, "cpu"), {}
+    for key, rate, loss in (("a", 0.5, 0.5), ("b", 1.0, 0.3), ("c", 2.0, 0.9)):
+        trials[rate] = Run(key, key, small())
+        put(store, key, heldout={"loss": loss})
     base = dataclasses.replace(TINY, lower=lower, rates=(0.5, 1.0, 2.0))
-    assert best_rate(tuple(trials), base, store) == best
-    assert best_rate((*trials[:2], Run("d", "d", small())), base, store) is None
+    assert best_rate(trials, base, store) == best
+    assert best_rate(trials | {4.0: Run("d", "d", small())}, base, store) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "tried", "rate", "edge"),
+    [
+        ({0.5: 2, 1: 1, 2: 3}, [0.5, 1, 2], 1, False),
+        ({0.5: 3, 1: 2, 2: 1, 4: None}, [0.5, 1, 2, 4], 2, False),
+        ({0.5: 3, 1: 2, 2: 1, 4: 0.5, 8: 0.2}, [0.5, 1, 2, 4, 8], 8, True),
+        ({0.125: 0.9, 0.25: 0.8, 0.5: 1, 1: 2, 2: None}, [0.5, 1, 2, 0.25, 0.125], 0.25, False),
+    ],
+)
+def test_rates_beyond_the_ends_are_tried_while_the_best_is_one(tmp_path, monkeypatch, losses, tried, rate, edge):
+    monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), dataclasses.replace(TINY, rates=(0.5, 1.0, 2.0), further=2))
+    table, store = dataclasses.replace(TABLE, arms=TABLE.arms[:1], low_rank="", claims=()), Store(tmp_path, "cpu")
+    while len(todo := [r for r in plan(table, "cpu", store).row("monarch").tried.values() if not store.read(r.key)]):
+        for run in todo:
+            loss = losses[run.config.optim.lr / small().optim.lr]
+            put(store, run.key, **({"failed": "non-finite"} if loss is None else {"heldout": {"loss": loss}}))
+    row = plan(table, "cpu", store).row("monarch")
+    assert (list(row.tried), row.rate, row.edge) == (tried, rate, edge)
+    assert row.runs[0].config.optim.lr == small().optim.lr * rate
 
 
 def test_baselines_have_no_more_parameters(monkeypatch):
