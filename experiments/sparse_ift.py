@@ -15,20 +15,29 @@ from typing import Any, Literal, get_args
 from ml_collections import ConfigDict
 
 from experiments.equal import with_model
+from structmat.nn import Site
 from structmat.structures.errors import suggest
 from structmat.training.config import validate
 from structmat.training.errors import ConfigError
+from structmat.training.task import Task
 
 Member = Literal["wide", "parallel", "factorised", "doped"]
 MEMBERS: tuple[str, ...] = get_args(Member)
-KIND = "linear"
-"""Of the sites that are transformed: embeddings, heads and convolutions stay dense."""
+CONVOLUTIONS = re.compile(r"layers_\d+/conv\d?(/conv)?")
+"""Layer paths of those that are transformed: not the first one, and none of shortcuts."""
+
+
+def transformed(task: Task) -> dict[str, Site]:
+    """The sites that are: linear ones and CONVOLUTIONS; embeddings, heads and the others stay dense."""
+    chosen = lambda path, site: site.kind == "linear" or (site.kind == "conv" and CONVOLUTIONS.fullmatch(path))
+    return {path: site for path, site in task.table.items() if chosen(path, site)}
 
 
 def changes(config: ConfigDict, member: Member, sparsity: float) -> dict[str, Any]:
     """Fields of the config to change, by dotted name, for a model of the same FLOPs whose layers are sparse.
 
-    `wide` multiplies the model's width by 1/sqrt(1 - sparsity) and masks its linear sites so that the whole model has the
+    `wide` multiplies the model's width by 1/sqrt(1 - sparsity) and masks its linear sites, and convolutions but the first and
+    those of shortcuts, so that the whole model has the
     FLOPs of the dense one: what a site gains in size it loses in density, and sites that stay dense are paid for by all.
     `parallel` adds round(1/(1 - sparsity)) branches, each with a ReLU; `factorised` puts two sparse factors around a ReLU;
     `doped` adds a dense low rank to a sparse weight. Masked weights start 1/sqrt(density) larger. Optimisation is as it was.
@@ -86,9 +95,7 @@ def _wide(config: ConfigDict, sparsity: float) -> dict[str, Any]:
     width = max(1, round(config.model.width / math.sqrt(1 - sparsity) / unit)) * unit
     dense, wide = (validate(own, devices=1) for own in (config, with_model(config, config.structure, width=width)))
     flops = lambda task, path: task.rows_at(path) * task.accumulate * task.table[path].bound.cost(1).flops / task.units
-    narrow, grown = (
-        {path: flops(task, path) for path, site in task.table.items() if site.kind == KIND} for task in (dense, wide)
-    )
+    narrow, grown = ({path: flops(task, path) for path in transformed(task)} for task in (dense, wide))
     left = dense.flops() - (wide.flops() - sum(grown.values()))
     if left <= 0:
         raise ConfigError(
@@ -105,7 +112,6 @@ def _wide(config: ConfigDict, sparsity: float) -> dict[str, Any]:
 def _rules(task: Any, text: Callable[[str, Any], str]) -> str:
     """One rule per text, for all sites that have it."""
     found: dict[str, list[str]] = {}
-    for path, site in task.table.items():
-        if site.kind == KIND:
-            found.setdefault(text(path, site), []).append(re.escape(path))
+    for path, site in transformed(task).items():
+        found.setdefault(text(path, site), []).append(re.escape(path))
     return "; ".join(f"{'|'.join(paths)} -> {own}" for own, paths in found.items())

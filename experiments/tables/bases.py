@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs import gpt2, llama, mixer, mri, navier_stokes, vit
+from configs import gpt2, llama, mixer, mri, navier_stokes, resnet, vgg, vit
 from experiments.tables.schema import SCALES, TableError
 from structmat.structures.errors import suggest
 from structmat.training.config import default
@@ -225,6 +225,28 @@ def imagenet_mixer() -> ConfigDict:
     return config
 
 
+def resnet_images(size: str, folder: str) -> Callable[[], ConfigDict]:
+    """A ResNet of `configs/resnet.py` on the images of a folder."""
+
+    def make() -> ConfigDict:
+        config = resnet.get_config(size)
+        config.data.root = f"data/{folder}/arrays"
+        return config
+
+    return make
+
+
+def cifar10_vgg() -> ConfigDict:
+    """VGG-19 on CIFAR-10 with the schedule of Maestro's code."""
+    config = vgg.get_config("19")
+    config.data.root = "data/cifar10/arrays"
+    return config
+
+
+def _published_images(make: Callable[[], ConfigDict]) -> Base:
+    return Base(make, "accuracy", lower=False, others=("loss",), rates=(1.0,), pod="v5e:4x4")
+
+
 def _scans(make: Callable[[], ConfigDict]) -> Base:
     others = ("psnr_2", "ssim_1", "ssim_2")
     return Base(make, "psnr_1", lower=False, others=others, reseeded=("data.seed",), rates=(0.3, 1.0, 3.0))
@@ -249,12 +271,12 @@ BASES: dict[tuple[str, str], Base] = {
     ("paper", "openwebtext_small"): Base(openwebtext_small, "bits_per_token", rates=(1.0,), pod="v5e:4x4"),
     ("paper", "openwebtext_epochs"): Base(openwebtext_epochs, "bits_per_token", pod="v5e:4x4"),
     ("paper", "openwebtext_bytes"): Base(openwebtext_bytes, "bits_per_byte", pod="v5e:4x4"),
-    ("paper", "imagenet_vit"): Base(
-        imagenet_vit, "accuracy", lower=False, others=("loss",), rates=(1.0,), pod="v5e:4x4"
-    ),
-    ("paper", "imagenet_mixer"): Base(
-        imagenet_mixer, "accuracy", lower=False, others=("loss",), rates=(1.0,), pod="v5e:4x4"
-    ),
+    ("paper", "imagenet_vit"): _published_images(imagenet_vit),
+    ("paper", "imagenet_mixer"): _published_images(imagenet_mixer),
+    ("paper", "imagenet_resnet18"): _published_images(resnet_images("18", "imagenet")),
+    ("paper", "imagenet_resnet50"): _published_images(resnet_images("50", "imagenet")),
+    ("paper", "cifar10_resnet20"): _published_images(resnet_images("20", "cifar10")),
+    ("paper", "cifar10_vgg19"): _published_images(cifar10_vgg),
     ("paper", "c4_60m"): Base(c4_60m, "bits_per_token", rates=(0.33, 1.0), further=0, pod="v5e:4x4"),
 }
 """(scale, name) -> Base."""

@@ -146,10 +146,12 @@ def arms_of(table: Table, scale: str) -> tuple[tuple[Arm, ConfigDict], ...]:
 def _size(table: Table, scale: str, dense: ConfigDict, reference: ConfigDict) -> int:
     """Parameters of the model that the baselines match."""
     share = table.share_at(scale)
+    own = validate(reference, devices=1)
     if share is None:
-        return ended(reference, validate(reference, devices=1)).params
+        return ended(reference, own).params
     task = validate(dense, devices=1)
-    entries = sum(site.bound.dense_params for site in task.table.values() if site.kind == "linear")
+    others = [path for path, site in own.table.items() if site.bound.structure.name != "dense"]
+    entries = sum(task.table[path].bound.dense_params for path in others)
     return task.params - round((1 - share) * entries)
 
 

@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
-from experiments.tables.schema import DENSE, SMALL, Arm, Claim, Table
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from experiments.tables.schema import DENSE, SMALL, Arm, Changes, Claim, Table
+from structmat.sparse.density import rules_text
+from structmat.training.config import validate
 
 CITATION = 'Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020'
-SPARSE = "masked(dense(), unstructured(density=0.05, rescale=True), rule='plain')"
+DENSITY = 0.05
+LONGER = 5
+"""Times the steps of the dense model, of the paper's figure."""
+
+
+def sparse(method: str = "", rescale: bool = True) -> Callable[[ConfigDict], Changes]:
+    """Fields of an arm: the same density in every linear layer; of a ResNet by ERK in all but its first convolution, for
+    LONGER, where every 500 steps stand for the paper's 100."""
+
+    def fields(base: ConfigDict) -> Changes:
+        if base.model.name != "resnet_v1":
+            text = f"masked(dense(), unstructured(density={DENSITY}{', rescale=True' * rescale}), rule='plain')"
+            return {"structure": text} | ({"method": f"{method}(every=25)"} if method else {})
+        sites = {path: site for path, site in validate(base, devices=1).table.items() if path != "stem/conv"}
+        text = rules_text(sites, DENSITY, kinds=("conv", "head"), rescale=rescale)
+        own = {"method": f"{method}(every={100 * LONGER}, drop=0.3, until=0.78125)"} if method else {}
+        return {"structure": text, "steps": LONGER * base.steps} | own
+
+    return fields
+
 
 DIGITS = Table(
     name="rigl",
     title="Sparse networks with a fixed support, a random walk of it (SET), and one led by gradients (RigL)",
     citation=f"{CITATION}; figures of ResNet-50 at 95% sparsity (ERK, five times the steps) from the README of its code",
-    bases={"cpu": "digits"},
+    bases={"cpu": "digits", "paper": "imagenet_resnet50"},
     arms=(
         Arm(
             "static",
-            {"structure": SPARSE},
+            sparse(),
             note="5% of the entries, whose weights start 1/sqrt(density) larger; zeros are simulated: stored and multiplied",
         ),
-        Arm("SET", {"structure": SPARSE, "method": "set(every=25)"}, tuned_with="static"),
-        Arm("RigL", {"structure": SPARSE, "method": "rigl(every=25)"}, tuned_with="static", paper={"resnet": 74.63}),
+        Arm("SET", sparse("set"), tuned_with="static"),
+        Arm("RigL", sparse("rigl"), tuned_with="static", paper={"resnet": 74.63}),
         Arm(
             "static, not rescaled",
-            {"structure": "masked(dense(), unstructured(density=0.05), rule='plain')"},
+            sparse(rescale=False),
             tuned_with="static",
         ),
     ),
     reference="static",
-    share=0.05,
+    share=DENSITY,
+    low_rank={
+        "cpu": "fit(low_rank(), params={share})",
+        "paper": "head|layers_.*/conv -> fit(low_rank(), params={share})",
+    },
     columns={"resnet": "ResNet-50, ImageNet top-1, %"},
     baselines_paper={DENSE: {"resnet": 76.8}},
     remarks={

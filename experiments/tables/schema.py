@@ -85,8 +85,8 @@ class Table:
       name: as on the command line. title, citation: for readers.
       bases: scale -> name of a base config, see `bases`.
       arms: rows beside the baselines, in order.
-      reference: arm whose parameters `dense small` and `low rank` match. share: the fraction of the linear sites' entries
-        they match instead, where an arm holds zeros that count as parameters.
+      reference: arm whose parameters `dense small` and `low rank` match. share: the fraction of the dense entries of its
+        structured sites that they match instead, where it holds zeros that count as parameters.
       claims: what is judged.
       columns: the paper's columns, in the order shown: key of `Arm.paper` -> heading.
       baselines_paper: baseline's name -> column -> the paper's figure.

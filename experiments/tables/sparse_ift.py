@@ -9,7 +9,9 @@ CITATION = (
     'Thangarasa et al., "Sparse-IFT: Sparse Iso-FLOP Transformations for Maximizing Training Efficiency", ICML 2024, '
     "arXiv 2303.11525"
 )
-METHODS = {"static": "", "SET": "set(every=25)", "RigL": "rigl(every=25)"}
+METHODS = {"static": "", "SET": "set", "RigL": "rigl"}
+EVERY = {"cpu": 25, "paper": 100}
+"""Steps between moves of masks."""
 SPARSITIES = (0.5, 0.75, 0.9)
 MIDDLE = 0.75
 DENSE_WIDE = "dense of the wide width"
@@ -22,10 +24,10 @@ def named(member: str, sparsity: float, how: str) -> str:
 
 def arm(member: Member, sparsity: float, how: str, note: str = "", **paper: float) -> Arm:
     """A member whose masks stay or move; one rate for the three."""
-    method = {"method": METHODS[how]} if METHODS[how] else {}
-    of = lambda base: changes(base, member, sparsity) | method
+    method = lambda scale: {"method": f"{METHODS[how]}(every={EVERY[scale]})"} if METHODS[how] else {}
+    of = lambda base: changes(base, member, sparsity) | method("cpu")
     tuned_with = "" if how == "RigL" else named(member, sparsity, "RigL")
-    return Arm(named(member, sparsity, how), of, tuned_with, paper, note)
+    return Arm(named(member, sparsity, how), of, tuned_with, paper, note, at={"paper": method("paper")})
 
 
 WIDE = tuple(
@@ -47,7 +49,7 @@ DIGITS = Table(
     name="sparse_ift",
     title="Larger sparse layers with the FLOPs of the dense ones",
     citation=f"{CITATION}; accuracies of ResNet-18 from its abstract and reviews",
-    bases={"cpu": "digits"},
+    bases={"cpu": "digits", "paper": "imagenet_resnet18"},
     arms=(
         *WIDE,
         *OTHERS,
@@ -59,6 +61,10 @@ DIGITS = Table(
     ),
     reference=MOVED,
     share=1.0,
+    low_rank={
+        "cpu": "fit(low_rank(), params={share})",
+        "paper": "layers_.*/conv./conv -> fit(low_rank(), params={share})",
+    },
     columns={"resnet": "ResNet-18, ImageNet top-1, %"},
     baselines_paper={DENSE: {"resnet": 70.9}},
     claims=(

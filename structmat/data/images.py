@@ -10,7 +10,7 @@ from structmat.data import digits
 from structmat.data.batches import shuffled_indices
 from structmat.data.corpus import content_hash
 from structmat.data.errors import DataError
-from structmat.data.moved import draws, moved
+from structmat.data.moved import CROPS, cropped, draws, moved
 
 NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -95,13 +95,16 @@ def image_batch(
     rows: range | None = None,
     shift: int = 0,
     rotation: float = 0.0,
+    crop: int = 0,
+    flip: bool = False,
 ) -> dict[str, np.ndarray]:
     """`{"images": float32 (rows, size, size, channels), "labels": int32 (rows,)}`; every image once per epoch.
 
-    shift, rotation: pixels, before images are enlarged, and degrees of `moved`.
+    shift, rotation: pixels, before images are enlarged, and degrees of `moved`. crop, flip: of `cropped`, after these.
     """
     index = shuffled_indices(len(data.train_labels), seed, step, batch, rows)
     images = moved(data.train_images[index], draws(seed, step, batch, rows), shift, rotation)
+    images = cropped(images, draws(seed + CROPS, step, batch, rows), crop, flip)
     return {
         "images": enlarged(images, size, channels),
         "labels": data.train_labels[index].astype(np.int32),

@@ -1,4 +1,5 @@
-"""Images shifted and rotated at random: every training image anew in each epoch, every held-out image once."""
+"""Images moved at random: shifts and turns, of every training image anew in each epoch and of every held-out image once; and
+the crops and reflections of training images alone."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from scipy import ndimage
 
 HELDOUT = 2**63
 """In place of a seed, which none is: of the draw that moves held-out images."""
+CROPS = 2**62
+"""Added to the seed: of the draw of crops and reflections."""
 
 
 def draws(seed: int, step: int, batch: int, rows: range | None = None) -> np.ndarray:
@@ -37,4 +40,24 @@ def moved(images: np.ndarray, draw: np.ndarray, shift: int, rotation: float) -> 
             ndimage.affine_transform(
                 image[..., channel], back, start, order=1, mode="nearest", output=out[..., channel]
             )
+    return found
+
+
+def cropped(images: np.ndarray, draw: np.ndarray, crop: int, flip: bool) -> np.ndarray:
+    """Images (n, h, w, channels) of any dtype, as crops of their own size out of images with `crop` pixels of zeros around,
+    each place equally likely; every second one, at random, reflected left to right if `flip`. By draw (n, 3) of `draws`.
+
+    Raises:
+      ValueError: another number of images than of draws.
+    """
+    if not crop and not flip:
+        return images
+    found = np.zeros_like(images)
+    height, width = images.shape[1:3]
+    for image, out, (down, right, turn) in zip(images, found, draw, strict=True):
+        y, x = (int(np.floor((d + 1) / 2 * (2 * crop + 1))) - crop for d in (down, right))
+        inside = image[max(y, 0) : height + min(y, 0), max(x, 0) : width + min(x, 0)]
+        out[max(-y, 0) : height - max(y, 0), max(-x, 0) : width - max(x, 0)] = inside
+        if flip and turn > 0:
+            out[:] = out[:, ::-1].copy()
     return found

@@ -8,7 +8,22 @@ from structmat.models.mlp import MLP
 from structmat.models.monarch_operator import MonarchOperator
 from structmat.models.msense import MSense
 from structmat.models.resnet import FieldResNet, ResNet
+from structmat.models.resnet_v1 import VGG, ResNetV1
 from structmat.models.unet import UNet
 from structmat.models.vit import ViT
 
-__all__ = ["FNO", "GPT", "MLP", "FieldResNet", "Llama", "MSense", "Mixer", "MonarchOperator", "ResNet", "UNet", "ViT"]
+__all__ = [
+    "FNO",
+    "GPT",
+    "MLP",
+    "VGG",
+    "FieldResNet",
+    "Llama",
+    "MSense",
+    "Mixer",
+    "MonarchOperator",
+    "ResNet",
+    "ResNetV1",
+    "UNet",
+    "ViT",
+]

@@ -41,9 +41,12 @@ class Method(Named):
     Attributes:
       has_teacher: whether it trains after the model of before a switch. Such a method needs a switch in the middle of the
         run, with which no other can go, and a task of logits; `teacher` and `report` are all its hooks.
+      full_pass: whether the loss is that of the model itself, and what `view` makes of it learns the softmax of its logits;
+        else the loss is that of the view. Needs a task of logits.
     """
 
     has_teacher: ClassVar[bool] = False
+    full_pass: ClassVar[bool] = False
 
     def rule(self, sites: Mapping[str, Site], steps: int) -> Any:
         """What acts on the state after the optimiser, as `structmat.training.rule.Rule` describes."""

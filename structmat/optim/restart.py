@@ -15,6 +15,8 @@ MOMENTS: dict[str, dict[str, str | None]] = {
     "adamw": {"mu": None, "nu": "b2"},
     "adamw_8bit": {"mu": None, "nu": "b2"},
     "lion": {"mu": None},
+    "sgd": {"trace": None},
+    "sgd_nesterov": {"trace": None},
 }
 """Optimiser -> field it keeps of every parameter -> None for an average of gradients, or the decay of one of squares."""
 

@@ -4,8 +4,9 @@ Horvath et al., ICML 2024, arXiv 2308.14929. On every step one layer is truncate
 first ones matter most; the lasso pulls what is not needed to zero, and components that have become unimportant are taken
 away. For a linear map of isotropic inputs every truncation at once is the best approximation of its rank.
 
-The loss is that of the truncated model alone, as in the scripts of the paper's code (`--no-full-pass`); the full pass with
-distillation that its code also has is not here. The order of the steps is that of its `per_layer` sampler.
+The loss is that of the truncated model alone, as in the scripts of the paper's code (`--no-full-pass`); with the full pass
+it is that of the whole model, from whose softmax the truncated one learns beside it, at twice the computation. The order of
+the steps is that of its `per_layer` sampler.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from structmat.structures.ordered_cut import cut_widths
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Maestro(Method):
-    """`maestro(every=100, lasso=1e-6, threshold=1e-5, keep=None, seed=0)`: for sites that are `ordered()`.
+    """`maestro(every=100, lasso=1e-6, threshold=1e-5, keep=None, seed=0, full_pass=False)`: for sites that are `ordered()`.
 
     Every `every` steps and after the last one the components whose importance is below `threshold` go; `lasso` is the
     factor of the penalty. With `keep`, after the last step the least important components of all layers go until the
-    sites have at most this fraction of their dense parameters. `seed` draws the order of truncations.
+    sites have at most this fraction of their dense parameters. `seed` draws the order of truncations. With `full_pass`, for
+    tasks of logits, the loss is that of the whole model plus the cross-entropy of the truncated one with the whole one's
+    softmax, from which no gradient passes; metrics have the latter as `viewed`.
     """
 
     every: int = 100
@@ -43,6 +46,7 @@ class Maestro(Method):
     threshold: float = 1e-5
     keep: float | None = None
     seed: int = 0
+    full_pass: bool = False
     name: ClassVar[str] = "maestro"
 
     def check(self) -> None:

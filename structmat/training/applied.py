@@ -9,15 +9,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from flax.traverse_util import flatten_dict
 
 from structmat.nn import AUXILIARY
 from structmat.nn.method import Outputs
 from structmat.nn.sites import layer_paths
-from structmat.training.task import TEACHER, Teacher, Variables
+from structmat.training.task import BATCH_STATS, TEACHER, VIEWED, Teacher, Variables
 
 CAPTURED = "intermediates"
 """Flax's collection of what modules put out."""
+WRITTEN = (AUXILIARY, BATCH_STATS)
+"""Collections a model writes in training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,27 +32,40 @@ class Taught:
     teacher: Teacher
 
 
+@dataclasses.dataclass(frozen=True)
+class Twice:
+    """A model with a view of itself, whose frozen leaves are the collection VIEWED: the view learns from the whole."""
+
+    model: nn.Module
+
+
 def applied(
-    model: nn.Module | Taught, variables: Variables, inputs: jax.Array, rng: jax.Array | None, train: bool
+    model: nn.Module | Taught | Twice, variables: Variables, inputs: jax.Array, rng: jax.Array | None, train: bool
 ) -> tuple[Any, dict[str, jax.Array]]:
     """(output, name -> what is added to the loss): in training `auxiliary`, the sum of the terms of the model's structures
-    where there are any, and the terms of its teacher's lesson.
+    where there are any, the terms of its teacher's lesson, and `viewed`, the mean cross-entropy of a view's logits in nats with
+    the softmax of the whole model's as the target; beside these, the new running statistics as BATCH_STATS, where
+    the model has any.
 
     Args:
       rng: of dropout, which a teacher has none of; None where `train` is False.
     """
     if not train:
         return model.apply(variables, inputs, False), {}
+    if isinstance(model, Twice):
+        own = {name: held for name, held in variables.items() if name != VIEWED}
+        out, extra = applied(model.model, own, inputs, rng, train)
+        seen, _ = applied(model.model, {**own, "frozen": variables[VIEWED]}, inputs, rng, train)
+        target = jax.lax.stop_gradient(jax.nn.softmax(out))
+        return out, extra | {"viewed": optax.softmax_cross_entropy(seen, target).mean()}
     if not isinstance(model, Taught):
-        out, sown = model.apply(variables, inputs, True, rngs={"dropout": rng}, mutable=[AUXILIARY])
-        return out, _auxiliary(sown)
+        out, sown = model.apply(variables, inputs, True, rngs={"dropout": rng}, mutable=WRITTEN)
+        return out, _written(sown)
     lesson = model.teacher.lesson
     own = {name: held for name, held in variables.items() if name != TEACHER}
-    found, sown = with_outputs(
-        model.model, own, lesson.modules, inputs, True, rngs={"dropout": rng}, mutable=[AUXILIARY]
-    )
+    found, sown = with_outputs(model.model, own, lesson.modules, inputs, True, rngs={"dropout": rng}, mutable=WRITTEN)
     taught, _ = with_outputs(model.teacher.model, variables[TEACHER], lesson.modules, inputs, False)
-    return found[0], _auxiliary(sown) | lesson.terms(found, taught)
+    return found[0], _written(sown) | lesson.terms(found, taught)
 
 
 def with_outputs(
@@ -82,14 +98,15 @@ def with_outputs(
 
 
 def with_auxiliary(
-    value: jax.Array, metrics: dict[str, jax.Array], terms: Mapping[str, jax.Array]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss with what is added to it, and metrics that have it apart."""
-    for term in terms.values():
-        value = value + term
-    return value, metrics | terms
+    value: jax.Array, metrics: dict[str, jax.Array], terms: Mapping[str, Any]
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The loss with what is added to it, and metrics that have it apart; `terms` as `applied` gives them."""
+    for name, term in terms.items():
+        value = value if name == BATCH_STATS else value + term
+    return value, {**metrics, **terms}
 
 
-def _auxiliary(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
-    terms = jax.tree.leaves(sown)
-    return {"auxiliary": sum(jnp.sum(term) for term in terms)} if terms else {}
+def _written(sown: Mapping[str, Any]) -> dict[str, Any]:
+    terms, statistics = jax.tree.leaves(sown.get(AUXILIARY, {})), sown.get(BATCH_STATS, {})
+    found: dict[str, Any] = {"auxiliary": sum(jnp.sum(term) for term in terms)} if terms else {}
+    return found | ({BATCH_STATS: statistics} if statistics else {})

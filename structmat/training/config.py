@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from structmat.models.stack import POLICIES
 from structmat.nn import assign
-from structmat.optim import OPTIMIZERS, SCHEDULES
+from structmat.optim import OPTIMIZERS, SCHEDULES, SGD, drops
 from structmat.parallel import MeshError
 from structmat.parallel.mesh import mesh_shape
 from structmat.structures import StructureError
@@ -27,8 +27,11 @@ from structmat.training.tasks import TASKS
 DTYPES = ("float32", "bfloat16")
 FREE = ("mesh", "accumulate", "checkpoint", "log_every", "max_skips", "profile")
 """Fields a resumed run may change; all others decide what is learned."""
-LATER = {"shift": 0, "rotation": 0.0, "start": 0.0}
-"""Fields of `data` that came after runs were stored by their content, with the value at which a run is as it was before."""
+LATER = {
+    "data": {"shift": 0, "rotation": 0.0, "start": 0.0, "crop": 0, "flip": False, "smoothing": 0.0},
+    "optim": {"drops": "0.5, 0.75"},
+}
+"""Fields that came after runs were stored by their content, with the value at which a run is as it was before."""
 
 
 def default(task: str = "lm", model: str | None = None) -> ConfigDict:
@@ -53,9 +56,10 @@ def default(task: str = "lm", model: str | None = None) -> ConfigDict:
                 name="adamw",
                 lr=4e-3,  # peak rate, tuned for the dense model of mup.base_width
                 schedule="cosine",
+                drops="0.5, 0.75",  # fractions of the run at which schedule 'steps' divides the rate by ten
                 warmup=0.1,  # steps, or a fraction of the run if below 1
-                weight_decay=0.1,  # decoupled, on matrices only
-                b1=0.9,
+                weight_decay=0.1,  # on matrices only; decoupled, but for sgd
+                b1=0.9,  # of sgd, the momentum
                 b2=0.95,
                 eps=1e-8,
                 clip=1.0,  # global gradient norm; 0 is off
@@ -118,17 +122,18 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
     _check_fields(config.to_dict(), _wanted(config, task.MODELS), "")
     _check_ranges(config)
     _check_optim(config)
-    method_of(config)
+    method = method_of(config)
     task.check(config)
     _check_mesh(config, jax.device_count() if devices is None else devices)
-    built = dataclasses.replace(task.build(config), accumulate=config.accumulate)
+    full_pass = method is not None and method.full_pass
+    built = dataclasses.replace(task.build(config), accumulate=config.accumulate, full_pass=full_pass)
     try:
         built = built.with_model(assign(built.model, config.structure, *built.example))
         built.table  # noqa: B018  traces the model, which refuses what its layers cannot hold, such as a complex product
     except StructureError as error:
         raise ConfigError("structure", config.structure, str(error)) from None
     refuse_rule(config, rule_for(config, built.table))
-    _check_teacher(config, built)
+    _check_logits(config, built)
     for name in ("view", "penalty", "link", "teacher"):
         hook(config, name, built.table)
     stages(config, built)
@@ -233,6 +238,17 @@ def _check_optim(config: ConfigDict) -> None:
     for field, valid in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
         if spec[field] not in valid:
             raise ConfigError(f"optim.{field}", spec[field], f"unknown {field}" + suggest(spec[field], valid))
+    if spec.name in SGD and config.mup.enabled:
+        raise ConfigError(
+            "mup.enabled",
+            True,
+            f"does not go with optim.name={spec.name!r}, whose steps grow with the gradient",
+            "False does",
+        )
+    try:
+        drops(spec.drops)
+    except ValueError as error:
+        raise ConfigError("optim.drops", spec.drops, str(error)) from None
     for field, fits, rule, good in (
         ("lr", spec.lr > 0, "must be above 0", 1e-3),
         ("eps", spec.eps > 0, "must be above 0", 1e-8),
@@ -254,9 +270,9 @@ def _check_optim(config: ConfigDict) -> None:
         )
 
 
-def _check_teacher(config: ConfigDict, task: Task) -> None:
+def _check_logits(config: ConfigDict, task: Task) -> None:
     method = method_of(config)
-    if method is not None and method.has_teacher and not task.logits:
+    if method is not None and (method.has_teacher or method.full_pass) and not task.logits:
         valid = [name for name, module in TASKS.items() if module.build(default(name)).logits]
         raise ConfigError(
             "method",
@@ -281,8 +297,9 @@ def identity(config: ConfigDict, rule: Any = None) -> dict[str, Any]:
     """What makes two runs the same run, as JSON: the config without FREE fields, LATER ones where they change nothing, the
     method spelt out, and the Rule."""
     kept = {k: v for k, v in config.to_dict().items() if k not in FREE} | {"method": str(method_of(config) or "")}
-    if "data" in kept:
-        kept["data"] = {k: v for k, v in kept["data"].items() if k not in LATER or v != LATER[k]}
+    for group, later in LATER.items():
+        if group in kept:
+            kept[group] = {k: v for k, v in kept[group].items() if k not in later or v != later[k]}
     return json.loads(json.dumps(kept | {"rule": repr(rule) if rule is not None else ""}))
 
 

@@ -32,7 +32,7 @@ class Run:
 
     Attributes:
       config: as it was trained. task: with the model of the checkpoint's site table.
-      variables: {"params": ..., "frozen": ...}. step: of the checkpoint.
+      variables: {"params": ..., "frozen": ...}, and "batch_stats" where the model has any. step: of the checkpoint.
     """
 
     config: ConfigDict

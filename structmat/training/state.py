@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from structmat.parallel import shardings, state_shardings, unbox
-from structmat.training.task import TEACHER, Task
+from structmat.training.task import BATCH_STATS, TEACHER, Task
 
 if TYPE_CHECKING:
     from structmat.training.rule import Rule
@@ -24,7 +24,8 @@ class TrainState:
 
     Attributes:
       step: int32 (), number of steps taken, skipped ones included; the only clock.
-      params: trainable leaves. frozen: the others, never differentiated.
+      params: trainable leaves. frozen: the others, never differentiated. batch_stats: running statistics of batch
+        normalisation, {} where there are none.
       opt_state: the optimiser's. rule_state: the Rule's, or {}.
       skips: int32 (2,): steps skipped in a row, and in all, for a non-finite loss, gradient or update.
       teacher: the variables of the task's teacher, which never change; None, without leaves, where there is none. They are
@@ -38,11 +39,13 @@ class TrainState:
     rule_state: Any
     skips: jax.Array
     teacher: Any = None
+    batch_stats: Any = flax.struct.field(default_factory=dict)
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
     """What the model's `apply` takes."""
-    return {"params": state.params, "frozen": state.frozen}
+    own = {"params": state.params, "frozen": state.frozen}
+    return own | ({BATCH_STATS: state.batch_stats} if state.batch_stats else {})
 
 
 def trained_variables(state: TrainState) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def initial_state(task: Task, tx: optax.GradientTransformation, rule: Rule | Non
         opt_state=tx.init(variables["params"]),
         rule_state={},
         skips=jnp.zeros((2,), jnp.int32),
+        batch_stats=variables.get(BATCH_STATS, {}),
     )
     return state if rule is None else state.replace(rule_state=rule.init(task.table, state))
 
@@ -84,7 +88,9 @@ def plan_state(task: Task, tx: optax.GradientTransformation, rule: Rule | None, 
 def _plan_teacher(task: Task, mesh: Mesh) -> dict[str, Any]:
     """The teacher's variables lie as they did when they were the state's."""
     boxed = abstract_variables(task.with_model(task.teacher.model))
-    shapes = {name: unbox(boxed).get(name, {}) for name in ("params", "frozen")}
+    shapes = {"frozen": {}} | {
+        name: held for name, held in unbox(boxed).items() if name in ("params", "frozen", BATCH_STATS)
+    }
     return jax.tree.map(_placed, shapes, state_shardings(mesh, shardings(mesh, boxed), shapes))
 
 

@@ -11,10 +11,10 @@ import optax
 
 from structmat.nn.method import Penalty, View
 from structmat.training.accumulate import mean_over_parts
-from structmat.training.applied import Taught
+from structmat.training.applied import Taught, Twice
 from structmat.training.rule import Rule, dense_gradients, wanted_parts, wanted_sites
 from structmat.training.state import TrainState, trained_variables, variables_of
-from structmat.training.task import Batch, Task, Variables
+from structmat.training.task import BATCH_STATS, VIEWED, Batch, Task, Variables
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 DROPOUT, RULE, VIEW = 0, 1, 3
@@ -55,10 +55,12 @@ def make_step(
         dropout = jax.random.fold_in(key, DROPOUT)
         seen = trained_variables(state)
         if view is not None:
-            seen["frozen"] = view(state.frozen, jax.random.fold_in(key, VIEW), state.step)
+            place = VIEWED if task.full_pass else "frozen"
+            seen[place] = view(state.frozen, jax.random.fold_in(key, VIEW), state.step)
         value, grads, metrics = gradients(task, seen, batch, dropout)
+        statistics = metrics.pop(BATCH_STATS, state.batch_stats)
         if penalty is not None:
-            by_params = lambda params: penalty({"params": params, "frozen": state.frozen}, state.step)
+            by_params = lambda params: penalty({**variables_of(state), "params": params}, state.step)
             metrics["penalty"], more = jax.value_and_grad(by_params)(state.params)
             grads = jax.tree.map(lambda g, m: g + (m.conj() if jnp.iscomplexobj(m) else m), grads, more)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -72,6 +74,7 @@ def make_step(
             params=keep(optax.apply_updates(state.params, updates), state.params),
             opt_state=keep(opt_state, state.opt_state),
             skips=jnp.stack([(state.skips[0] + 1) * skipped, state.skips[1] + skipped]),
+            batch_stats=keep(statistics, state.batch_stats),
         )
 
         def act(now: TrainState) -> TrainState:
@@ -128,6 +131,7 @@ def _loss(
     """Of one part of a batch, each with its own dropout."""
     key = jax.random.fold_in(dropout, number) if task.accumulate > 1 else dropout
     model = task.model if task.teacher is None else Taught(task.model, task.teacher)
+    model = Twice(task.model) if VIEWED in variables else model
     return task.loss(model, variables, part, key, True)
 
 

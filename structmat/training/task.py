@@ -21,8 +21,12 @@ from structmat.structures.convolution import has_factors, view_of
 Batch = Mapping[str, Any]
 Variables = Mapping[str, Any]
 Loss = Callable[[nn.Module, Variables, Batch, "jax.Array | None", bool], tuple[jax.Array, dict[str, jax.Array]]]
+VIEWED = "viewed"
+"""Collection of the frozen leaves of a method's view, where the loss is not that of the view alone."""
 TEACHER = "teacher"
 """Collection of a teacher's variables among those that train a model."""
+BATCH_STATS = "batch_stats"
+"""Flax's collection of the running statistics of batch normalisation; of a training loss, the metric with the new ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Task:
       example: shapes of one call's positional arguments.
       batch: shapes of one whole batch.
       loss: (model, variables, batch, rng, train) -> (mean loss, metrics); metrics hold `count`, the number of examples
-        behind the means. `rng` is None where `train` is False.
+        behind the means, and in training BATCH_STATS where the model has any. `rng` is None where `train` is False.
       metric: the name of the held-out figure quoted first.
       unit: what throughput and FLOPs are counted in; `units` per batch.
       other_flops: FLOPs of a forward pass per unit outside the sites (attention products).
@@ -73,6 +77,7 @@ class Task:
         so that only its content tells what it is.
       logits: whether the model's output is f32 logits `(..., classes)` and the loss their mean cross-entropy.
       teacher: what the model learns from beside the data, from a switch on; None where from nothing.
+      full_pass: whether a view learns from the whole model, which is trained too: see structmat.nn.method.Method.
     """
 
     name: str
@@ -91,6 +96,7 @@ class Task:
     generated: str = ""
     logits: bool = False
     teacher: Teacher | None = None
+    full_pass: bool = False
 
     @functools.cached_property
     def table(self) -> dict[str, Site]:
@@ -103,8 +109,10 @@ class Task:
 
     @functools.cached_property
     def params(self) -> int:
-        """Real parameters of the whole model, frozen ones included: a complex entry is two, an index or mask is none."""
-        shapes = jax.eval_shape(self.model.init, jax.random.key(0), *self.example)
+        """Real parameters of the whole model, frozen ones included: a complex entry is two; an index, a mask or a running
+        statistic is none."""
+        shapes = dict(jax.eval_shape(self.model.init, jax.random.key(0), *self.example))
+        shapes.pop(BATCH_STATS, None)
         floats = [leaf for leaf in jax.tree.leaves(shapes) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         return sum(leaf.size * (1 + jnp.iscomplexobj(leaf)) for leaf in floats)
 
@@ -124,9 +132,10 @@ class Task:
         return total
 
     def step_flops(self, executed: bool = False) -> int:
-        """FLOPs of a training step per unit: a backward pass is two forward ones, and a teacher has none."""
+        """FLOPs of a training step per unit: a backward pass is two forward ones, a teacher has none, and with `full_pass`
+        there are two of both."""
         taught = 0 if self.teacher is None else self.with_model(self.teacher.model).flops(executed)
-        return 3 * self.flops(executed) + taught
+        return 3 * (1 + self.full_pass) * self.flops(executed) + taught
 
     def rows_at(self, path: str) -> int:
         """Rows that one call of the site multiplies."""

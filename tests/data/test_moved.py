@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from structmat.data.moved import HELDOUT, draws, moved
+from structmat.data.moved import CROPS, HELDOUT, cropped, draws, moved
 from structmat.training.config import default, identity, validate
 from structmat.training.errors import ConfigError
 
@@ -14,7 +14,7 @@ def test_draws_are_uniform_and_rows_of_the_batch():
     np.testing.assert_allclose(whole.mean(0), 0, atol=0.05)
     np.testing.assert_allclose(whole.std(0), 3**-0.5, atol=0.02)
     np.testing.assert_array_equal(draws(3, 7, 4000, range(5, 9)), whole[5:9])
-    others = [draws(3, 8, 4), draws(4, 7, 4), draws(HELDOUT, 7, 4)]
+    others = [draws(3, 8, 4), draws(4, 7, 4), draws(HELDOUT, 7, 4), draws(3 + CROPS, 7, 4)]
     assert all(not (other == whole[:4]).any() for other in others)
 
 
@@ -59,3 +59,34 @@ def test_moves_that_are_none_are_refused(field, value):
     config.data[field] = value
     with pytest.raises(ConfigError, match=f"config.data.{field} = {value}"):
         validate(config)
+
+
+def test_crops_are_those_of_padded_images_and_half_are_reflected():
+    padded, draw = np.pad(IMAGES, ((0, 0), (2, 2), (2, 2), (0, 0))), draws(0, 0, 600)
+    found = cropped(np.repeat(IMAGES[:1], 600, 0), draw, 2, True)
+    places = set()
+    for image, (_, _, turn) in zip(found, draw):
+        straight = image[:, ::-1] if turn > 0 else image
+        at = [(y, x) for y in range(5) for x in range(5) if np.array_equal(padded[0, y : y + 8, x : x + 8], straight)]
+        assert len(at) == 1
+        places.add((*at[0], turn > 0))
+    assert len(places) == 50
+    assert cropped(IMAGES, draw[:3], 0, False) is IMAGES
+    with pytest.raises(ValueError, match="zip"):
+        cropped(IMAGES, draw, 1, False)
+
+
+def test_held_out_images_are_neither_cropped_nor_reflected():
+    plain, config = validate(default("images"), devices=1).load(), default("images")
+    config.data.update(crop=2, flip=True)
+    source = validate(config, devices=1).load()
+    first = lambda s: next(iter(s.heldout()))["images"]
+    np.testing.assert_array_equal(first(source), first(plain))
+    assert not np.array_equal(source.batch(0, None)["images"], plain.batch(0, None)["images"])
+    whole = source.batch(3, None)["images"]
+    np.testing.assert_array_equal(source.batch(3, range(2, 5))["images"], whole[2:5])
+    for field, value in (("crop", -1), ("crop", 8), ("smoothing", 1.0)):
+        config = default("images")
+        config.data[field] = value
+        with pytest.raises(ConfigError, match=f"data.{field}"):
+            validate(config, devices=1)

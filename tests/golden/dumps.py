@@ -40,6 +40,8 @@ NAMED = {
     **{f"gpt2_{size}": ("gpt2", size) for size in ("small", "medium", "large")},
     **{f"vit_{size}": ("vit", size) for size in ("s", "b", "s768")},
     **{f"mixer_{size}": ("mixer", size) for size in ("s", "b")},
+    **{f"resnet_{depth}": ("resnet", depth) for depth in ("20", "32", "18", "50")},
+    "vgg_19": ("vgg", "19"),
 }
 """Name of a dump -> file under configs/ and its argument."""
 DEFAULTS = {"default_llama": ("lm", "llama"), "default_mixer": ("images", "mixer")}

@@ -33,7 +33,7 @@ def far(a, b):
     ("shape", "dtype", "tolerance"),
     mostly_long(
         [(shape, *dtype) for shape in SHAPES for dtype in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2))],
-        [*((shape, jnp.float32, 1e-5) for shape in SHAPES), (SHAPES[0], jnp.bfloat16, 2e-2)],
+        [*((shape, jnp.float32, 1e-5) for shape in SHAPES[::2]), (SHAPES[0], jnp.bfloat16, 2e-2)],
     ),
 )
 def test_kernel_and_gradients_equal_the_reference(shape, dtype, tolerance):

@@ -88,7 +88,7 @@ def reference(model, variables, x):
             ((4, 3), "layers_.*/spectral -> cp(rank=4)", dict(norm="instance")),
             ((7,), "dense()", dict(padding=0.25, norm="instance")),
         ],
-        [((7,), "layers_1/spectral -> tucker(rank=3)", {}), ((7,), "dense()", dict(padding=0.25, norm="instance"))],
+        [((7,), "dense()", dict(padding=0.25, norm="instance"))],
     ),
 )
 def test_output_is_the_plain_network(modes, rules, fields):

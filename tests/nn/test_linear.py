@@ -8,6 +8,7 @@ from structmat.nn import StructuredDense, StructuredDenseGeneral, StructuredEmbe
 from structmat.nn.sites import site_params
 from structmat.parallel import make_mesh, on_mesh, shardings
 from structmat.structures import StructureError, parse
+from tests.marks import mostly_long
 
 KEY = jax.random.key(0)
 STRUCTURES = ["dense()", "low_rank(rank=4)", "monarch(blocks=2)", "low_rank(rank=2) + frozen(monarch(blocks=2))"]
@@ -152,7 +153,7 @@ def test_both_sides_may_share_an_axis_on_a_mesh():
 TRANSFORMS = ["dct()", "hadamard() @ dct()", "diagonal() @ dct()", "low_rank(rank=2) + hadamard()"]
 
 
-@pytest.mark.parametrize("text", TRANSFORMS)
+@pytest.mark.parametrize("text", mostly_long(TRANSFORMS, TRANSFORMS[2:3]))
 @pytest.mark.parametrize("path", ["factored", "dense"])
 def test_transforms_without_leaves(text, path):
     """They are stored as nothing, and computed in the dtype of the module though they materialise in f32."""

@@ -18,6 +18,7 @@ from structmat.nn.tensor_product import (
 from structmat.structures import StructureError
 from structmat.structures.clebsch_gordan import path_tensor, paths, wigner
 from structmat.structures.path_factors import PathFactors
+from tests.marks import mostly_long
 from tests.structures.flops import count_flops
 
 KEY = jax.random.key(0)
@@ -66,7 +67,7 @@ def test_modes_are_their_sums(mode):
     np.testing.assert_allclose(cp.apply({"frozen": frozen}, x, y, each), scaled, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["uvu", "uuw"])
+@pytest.mark.parametrize("mode", mostly_long(["uvu", "uuw"], ["uvu"]))
 def test_paths_with_their_own_weights(mode):
     """A sum over paths, and with equal weights the shared form; degrees no path reaches are zero."""
     x, y, weights = inputs(mode)

@@ -1,5 +1,7 @@
 """Maestro: the order of truncations, the lasso, what shrinking takes away, and what training linear maps comes to."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,11 @@ from structmat.nn.sites import Stack
 from structmat.sparse.maestro import Maestro, draw, find_ordered
 from structmat.structures import StructureError, parse
 from structmat.training import loop
-from structmat.training.config import validate
+from structmat.training.build import optimizer_for, step_for
+from structmat.training.config import default, validate
 from structmat.training.errors import ConfigError
-from structmat.training.state import TrainState
+from structmat.training.methods import hook
+from structmat.training.state import TrainState, initial_state, variables_of
 from tests.training.small_runs import small_digits, small_lm, write_corpus
 from tests.training.test_loop import Killed, array_sums, compile_fast, kill_at  # noqa: F401  a fixture
 
@@ -193,3 +197,38 @@ def test_a_killed_run_goes_on_with_the_same_truncations_and_widths(tmp_path):
     report = record.metrics["method_report"]
     assert len(report["ranks"]) == 12 and min(report["ranks"].values()) < 16
     assert report["site_params"] == sum(report["params"].values()) <= record.metrics["dense_site_params"]
+
+
+def test_with_the_full_pass_the_whole_learns_and_the_truncated_learns_from_it():
+    """Loss and gradients of a step against two calls of the model by hand; evaluation is of the whole alone."""
+    config = small_digits(structure="ordered()", method="maestro(every=4, lasso=0.0, full_pass=True)")
+    task = validate(config, devices=1)
+    tx, schedule = optimizer_for(config, task)
+    state = jax.jit(lambda: initial_state(task, tx, None, 0))()
+    batch = task.load().batch(0, None)
+    step = step_for(config, task, tx, None, schedule)
+    _, metrics = jax.jit(step)(state, batch)
+    view = hook(config, "view", task.table)
+    frozen = view(state.frozen, jax.random.key(0), 0)
+    assert not np.array_equal(jax.tree.leaves(frozen), jax.tree.leaves(state.frozen))
+
+    def losses(params, fixed):
+        call = lambda params, frozen: task.model.apply({"params": params, "frozen": frozen}, batch["images"])
+        whole = optax.softmax_cross_entropy_with_integer_labels(call(params, state.frozen), batch["labels"]).mean()
+        target = jax.nn.softmax(call(fixed, state.frozen))
+        return whole, -(target * jax.nn.log_softmax(call(params, frozen))).sum(-1).mean()
+
+    both = jax.jit(lambda p: losses(p, state.params))(state.params)
+    np.testing.assert_allclose([metrics["loss"], metrics["viewed"]], both, rtol=1e-5)
+    grads = jax.jit(jax.grad(lambda p: sum(losses(p, state.params))))(state.params)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.global_norm(grads)), rel=1e-4)
+    once = dataclasses.replace(task, full_pass=False)
+    assert task.step_flops() == 2 * once.step_flops()
+    assert set(task.loss(task.model, variables_of(state), batch, None, False)[1]) == {"loss", "accuracy", "count"}
+
+
+def test_the_full_pass_needs_logits():
+    config = default("teacher")
+    config.update(structure="ordered()", method="maestro(full_pass=True)")
+    with pytest.raises(ConfigError, match="compares the logits of two models"):
+        validate(config, devices=1)

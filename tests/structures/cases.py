@@ -156,13 +156,15 @@ def names(structure: structmat.Structure) -> set[str]:
     return {structure.name}.union(*(names(p) for p in parts))
 
 
-def with_long(cases: list[Case]) -> list[Any]:
-    """Parameters for the costlier tests: the first case of every structure name at once, the others among the long tests."""
+def with_long(cases: list[Case], every: int = 1) -> list[Any]:
+    """Parameters for the costlier tests: the first case of every structure name, or of every second or third one, at once, the
+    others among the long tests."""
     seen: set[str] = set()
     marks = []
     for case in cases:
         name = bind(case).structure.name
-        marks.append(pytest.param(case, marks=[pytest.mark.long] if name in seen else [], id=label(case)))
+        quick = name not in seen and len(seen) % every == 0
+        marks.append(pytest.param(case, marks=[] if quick else [pytest.mark.long], id=label(case)))
         seen.add(name)
     return marks
 

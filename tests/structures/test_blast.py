@@ -229,6 +229,7 @@ def test_gauge():
     assert np.all(u[np.abs(u).argmax(0), range(4)] > 0)
 
 
+@pytest.mark.long
 def test_stacks():
     """Under vmap the descents stop one by one and give what each gives alone."""
     bound = Blast(2, 3).bind(12, 8)
@@ -240,6 +241,7 @@ def test_stacks():
         assert abs(jnp.linalg.norm(w - found) - jnp.linalg.norm(w - alone)) < 1e-4 * (1 + jnp.linalg.norm(w))
 
 
+@pytest.mark.long
 def test_descent_stops_on_members():
     t = blocks(Blast(3, 4).bind(24, 36).materialize(draw(Blast(3, 4).bind(24, 36))), 3)
     start = _from_svd(t, 12)

@@ -16,6 +16,7 @@ import structmat
 from structmat.parallel import make_mesh
 from structmat.structures import StructureError, map_leaves
 from structmat.structures.block_support import pattern_counts, static_rows
+from tests.marks import mostly_long
 from tests.structures.flops import count_flops
 
 key = functools.partial(jax.random.key, impl="unsafe_rbg")  # compiles several times faster
@@ -117,12 +118,15 @@ def test_banded_follows_the_scaled_diagonal_and_reads_every_input(rows, columns)
 
 @pytest.mark.parametrize(
     ("text", "n", "m", "devices"),
-    [
-        ("block_sparse(block=4, density=0.25)", 32, 48, (1, 8)),
-        ("block_sparse(block=(2, 5), density=0.5)", 12, 35, (1,)),
-        ("block_sparse(block=(3, 1), density=0.34)", 9, 11, (8,)),
-        ("block_sparse(block=(8, 6), density=1.0)", 16, 6, (1,)),
-    ],
+    mostly_long(
+        [
+            ("block_sparse(block=4, density=0.25)", 32, 48, (1, 8)),
+            ("block_sparse(block=(2, 5), density=0.5)", 12, 35, (1,)),
+            ("block_sparse(block=(3, 1), density=0.34)", 9, 11, (8,)),
+            ("block_sparse(block=(8, 6), density=1.0)", 16, 6, (1,)),
+        ],
+        [("block_sparse(block=(2, 5), density=0.5)", 12, 35, (1,))],
+    ),
 )
 def test_products_equal_scipy(text, n, m, devices):
     """Block columns of W are block rows of W^T, so ELL is BSR with an even row pointer."""

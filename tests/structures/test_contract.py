@@ -34,7 +34,15 @@ from tests.structures.flops import count_flops
 
 every = pytest.mark.parametrize("case", CASES, ids=label)
 costly = pytest.mark.parametrize("case", with_long(CASES))
-one_per_name = pytest.mark.parametrize("case", {bind(c).structure.name: c for c in CASES}.values(), ids=label)
+PER_NAME = [*{bind(c).structure.name: c for c in CASES}.values()]
+
+
+def some_names(start):
+    """One case per structure name, every second of them among the long tests, so that each is in one of two tests."""
+    mark = lambda i: [pytest.mark.long] * (i % 2 != start)
+    return pytest.mark.parametrize(
+        "case", [pytest.param(c, marks=mark(i), id=label(c)) for i, c in enumerate(PER_NAME)]
+    )
 
 
 def leaf_arrays(tree, prefix=""):
@@ -114,7 +122,7 @@ def test_products_equal_the_dense_ones(case):
 INDEXED = [c for c in CASES if not all(map(is_float, jax.tree.leaves(jax.eval_shape(bind(c).init, jax.random.key(0)))))]
 
 
-@pytest.mark.parametrize("case", with_long(INDEXED))
+@pytest.mark.parametrize("case", with_long(INDEXED, 2))
 def test_supports_and_codes_do_not_depend_on_the_64_bit_switch(case):
     init = bind(case).init
     indices = lambda: [np.asarray(v) for v in jax.tree.leaves(jax.jit(init)(jax.random.key(0))) if not is_float(v)]
@@ -123,7 +131,7 @@ def test_supports_and_codes_do_not_depend_on_the_64_bit_switch(case):
         jax.tree.map(np.testing.assert_array_equal, indices(), narrow)
 
 
-@costly
+@pytest.mark.parametrize("case", with_long(CASES, 2))
 def test_float64_products_and_gradients(case):
     """In double precision: the product to 1e-12, gradients against the dense path and against central differences."""
     bound = bind(case)
@@ -154,7 +162,7 @@ def test_float64_products_and_gradients(case):
             close(sum(np.sum(np.asarray(g) * v).real for g, v in zip(got[0], along)), slope, 1e-7)
 
 
-@one_per_name
+@some_names(0)
 def test_transformations(case):
     """Under jit with the Bound static, vmap and scan over a stack of parameters give what a loop gives."""
     x = rows(case, 4)
@@ -175,7 +183,7 @@ def test_transformations(case):
     jax.tree.map(functools.partial(close, tolerance=1e-4), *grads)
 
 
-@one_per_name
+@some_names(1)
 def test_bfloat16(case):
     bound, params, x = bind(case), draw(case), rows(case, 4)
     narrow = lambda p: p.astype(jnp.bfloat16) if is_float(p) and not is_complex(p) else p

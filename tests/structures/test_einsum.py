@@ -13,6 +13,7 @@ import structmat
 from structmat import StructureError, parse
 from structmat.structures.einsum import Einsum
 from structmat.structures.factors import divisors
+from tests.marks import mostly_long
 from tests.structures.flops import count_flops
 
 key = functools.partial(jax.random.key, impl="unsafe_rbg")  # compiles several times faster
@@ -67,7 +68,7 @@ SPECIAL = {
 }
 
 
-@pytest.mark.parametrize("text", SPECIAL)
+@pytest.mark.parametrize("text", mostly_long([*SPECIAL], [*SPECIAL][::3]))
 def test_special_points(text):
     """The same cores give the dedicated family's matrix, the same costs and the same best approximation."""
     recipe, cores = SPECIAL[text]

@@ -269,7 +269,9 @@ def test_single_precision_finds_the_same(kind):
 
 
 @iterative
-@pytest.mark.parametrize("dtype", [np.float64, np.complex128], ids=["real", "complex"])
+@pytest.mark.parametrize(
+    "dtype", [np.float64, pytest.param(np.complex128, marks=pytest.mark.long)], ids=["real", "complex"]
+)
 def test_members_are_recovered(kind, dtype):
     """To rounding, from the tensor alone."""
     form = kind.of((5, 6, 4), 2)

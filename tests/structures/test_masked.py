@@ -9,6 +9,7 @@ import pytest
 
 import structmat
 from structmat.structures import StructureError, flatten_leaves
+from tests.marks import mostly_long
 
 key = functools.partial(jax.random.key, impl="unsafe_rbg")  # compiles several times faster
 
@@ -28,7 +29,7 @@ def setup(text, n=12, m=10):
     return bound, jax.jit(bound.init)(key(0))
 
 
-@pytest.mark.parametrize("text", [NM, RANDOM, MAGNITUDE])
+@pytest.mark.parametrize("text", mostly_long([NM, RANDOM, MAGNITUDE], [RANDOM]))
 def test_gradient_of_each_rule(text):
     """Exactly g at the masked weights, dense; plus decay (1 - mask) w; or masked: for loss x -> <g, W>."""
     g = normal(1, 12, 10)

@@ -11,6 +11,7 @@ import scipy.optimize
 import structmat
 from structmat import StructureError
 from structmat.structures.householder import frame, frame_flops, reflections_of
+from tests.marks import mostly_long
 from tests.structures.flops import count_flops
 
 SIZES = [(1, 1), (5, 1), (7, 3), (12, 12), (33, 8), (100, 37)]
@@ -149,6 +150,7 @@ def test_declaration():
     assert structmat.parse("fit(householder(), params=0.5)").bind(12, 20).structure.reflections == 3
 
 
+@pytest.mark.long
 def test_flops():
     """All GEMMs are traced; the triangular solves, which are not, take k^3 a side."""
     bound = structmat.parse("householder(reflections=4)").bind(12, 20)
@@ -164,7 +166,7 @@ def test_flops():
 # -- projection of householder -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "m", "k"), [(10, 6, 3), (7, 12, 7), (13, 13, 13)])
+@pytest.mark.parametrize(("n", "m", "k"), mostly_long([(10, 6, 3), (7, 12, 7), (13, 13, 13)], [(10, 6, 3)]))
 def test_projection_is_the_leading_singular_subspaces(n, m, k):
     w = normal(n, m)
     found = structmat.project(w, f"householder(reflections={k})")

@@ -75,7 +75,7 @@ def weighted(w, in_gram, out_gram):
     return np.sqrt(np.trace(w.conj().T @ a @ w @ b).real)
 
 
-@every
+@pytest.mark.parametrize("case", with_long(PROJECTED, 2))
 @pytest.mark.parametrize("kind", ["diagonal", "full"])
 def test_grams(case, kind):
     """With a gram: the weighted optimum, or an error that says the family has no closed form."""

@@ -13,6 +13,7 @@ from structmat.structures import StructureError, map_leaves
 from structmat.structures import quantization as qz
 from structmat.structures.reparam import fake_quantize
 from structmat.structures.stacks import project_stack
+from tests.marks import mostly_long
 from tests.structures.flops import count_flops
 
 BITS = (2, 3, 4, 8)
@@ -100,7 +101,10 @@ def test_stored_bits_are_the_bytes_of_the_arrays(bits, size, dtype):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("bits", "grid", "group"), [(2, "int", 6), (2, "normal", 6), (3, "normal", 4), (4, "int", 3)])
+@pytest.mark.parametrize(
+    ("bits", "grid", "group"),
+    mostly_long([(2, "int", 6), (2, "normal", 6), (3, "normal", 4), (4, "int", 3)], [(3, "normal", 4)]),
+)
 def test_optimal_scales_equal_brute_force_over_all_codes(bits, grid, group, weighted):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(30, group)) + rng.normal(size=(30, 1))
@@ -278,6 +282,7 @@ def test_quantised_plus_low_rank_is_nearer_than_one_pass(bits, grid, first):
     assert size(w - again) <= size(w - found) * (1 + 1e-6)
 
 
+@pytest.mark.long
 def test_the_low_rank_term_of_a_quantised_matrix_is_nothing():
     w = nearest("quantized(2, group=16, grid='int')", normal(13, 64, 48))
     params, found = projector("quantized(2, group=16, grid='int') + low_rank(rank=8)", 64, 48)(w)

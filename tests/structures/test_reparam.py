@@ -114,6 +114,7 @@ def test_weight_norm_starts_at_the_capped_structure():
     assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves(grad)) and np.any(grad["weights"]["b"])
 
 
+@pytest.mark.long
 def test_weight_norm_projection_is_that_of_a():
     bound, _ = setup("weight_norm(block_tensor_train(rank=2))")
     inner, _ = setup("block_tensor_train(rank=2)")
@@ -139,6 +140,7 @@ def test_fake_quantized_rounds_every_leaf_but_indices():
     assert fine.cost(1).bits == 16 * 24 * 32  # simulated: counted as it is stored
 
 
+@pytest.mark.long
 def test_fake_quantized_projection_never_loses_to_like():
     bound, params = setup("fake_quantized(low_rank(rank=3), bits=2, group=4)")
     w = bound.materialize(params)

@@ -59,6 +59,7 @@ def test_low_rank_plus_sparse_is_no_worse_than_godec(name):
     assert ours < 0.999 * reference[0], "no better than the greedy start"
 
 
+@pytest.mark.long
 def test_every_sweep_lowers_the_error(monkeypatch):
     """Sweep by sweep the errors are those of the reference, and fall."""
     w = matrices()["heavy tail"].astype(np.float32)

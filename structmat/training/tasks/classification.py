@@ -40,13 +40,18 @@ def moves_said(data: Any) -> str:
 
 
 def loss(
-    model: nn.Module, variables: Variables, batch: Batch, rng: jax.Array | None, train: bool
+    model: nn.Module, variables: Variables, batch: Batch, rng: jax.Array | None, train: bool, smoothing: float = 0.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy in nats and accuracy of images `(batch, ...)`; rows labelled PADDING do not count."""
+    """Mean cross-entropy in nats and accuracy of images `(batch, ...)`; rows labelled PADDING do not count.
+
+    smoothing: share of every training label that is spread over all classes evenly.
+    """
     labels = batch["labels"]
     here = labels != PADDING
     logits, extra = applied(model, variables, batch["images"], rng, train)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    if train and smoothing:
+        each = (1 - smoothing) * each - smoothing * jax.nn.log_softmax(logits).mean(-1)
     count = here.sum().astype(jnp.float32)
     value = jnp.where(here, each, 0).sum() / count
     accuracy = (here & (logits.argmax(-1) == labels)).sum() / count

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from structmat.models import Mixer, ResNet, ViT
+from structmat.models import VGG, Mixer, ResNet, ResNetV1, ViT
+from structmat.models.resnet_v1 import VGG_STAGES, stages_of
 from structmat.models.vit import POOLS
 from structmat.structures.convolution import View
 from structmat.structures.errors import suggest
@@ -98,8 +99,7 @@ def check_resnet(config: Any) -> None:
     if m.size % 2 ** (m.stages - 1):
         most = next(n for n in range(m.stages, 0, -1) if m.size % 2 ** (n - 1) == 0)
         raise ConfigError("model.stages", m.stages, f"must halve model.size={m.size} evenly", f"{most} does")
-    if m.view not in get_args(View):
-        raise ConfigError("model.view", m.view, "no such view" + suggest(m.view, get_args(View)))
+    check_view(m)
 
 
 def build_resnet(config: Any) -> ResNet:
@@ -121,6 +121,74 @@ def resnet_rows(config: Any) -> Callable[[str], int]:
         return (m.size // 2**stage) ** 2
 
     return rows
+
+
+CLASSIC = dict(
+    {name: value for name, value in SHARED.items() if name != "dropout"},
+    view="channel",  # channel | spatial | decoupled: which matrix of a kernel is structured
+)
+"""Fields of the models with batch normalisation."""
+
+
+def check_view(m: Any) -> None:
+    """Refuse a view that is none."""
+    if m.view not in get_args(View):
+        raise ConfigError("model.view", m.view, "no such view" + suggest(m.view, get_args(View)))
+
+
+def check_resnet_v1(config: Any) -> None:
+    """Refuse sizes no ResNetV1 can have."""
+    m = config.model
+    at_least_one(m, ("classes", "size", "channels", "width"))
+    try:
+        blocks, _ = stages_of(m.depth)
+    except ValueError as error:
+        raise ConfigError("model.depth", m.depth, str(error)) from None
+    halvings = len(blocks) - 1 + 2 * m.large
+    if m.size % 2**halvings:
+        raise ConfigError(
+            "model.size",
+            m.size,
+            f"must be divisible by {2**halvings}, as often as this depth halves it",
+            f"{2**halvings} is",
+        )
+    check_view(m)
+
+
+def build_resnet_v1(config: Any) -> ResNetV1:
+    """The module."""
+    m = config.model
+    blocks, bottleneck = stages_of(m.depth)
+    return ResNetV1(m.classes, m.width, blocks, bottleneck, m.large, m.view, dtype=jnp.dtype(m.dtype))
+
+
+def resnet_v1_rows(config: Any) -> Callable[[str], int]:
+    """Positions of a convolution's output; one for the head."""
+    model = build_resnet_v1(config)
+    return lambda path: 1 if path == "head" else model.positions(path, config.model.size)
+
+
+def check_vgg(config: Any) -> None:
+    """Refuse sizes no VGG can have."""
+    m = config.model
+    at_least_one(m, ("classes", "size", "channels", "width"))
+    if m.depth not in VGG_STAGES:
+        raise ConfigError("model.depth", m.depth, f"must be one of {', '.join(map(str, VGG_STAGES))}", "19 is")
+    if m.size % 32:
+        raise ConfigError("model.size", m.size, "must be divisible by 32, which the five stages make 1 of", "32 is")
+    check_view(m)
+
+
+def build_vgg(config: Any) -> VGG:
+    """The module."""
+    m = config.model
+    return VGG(m.classes, m.width, VGG_STAGES[m.depth], m.view, dtype=jnp.dtype(m.dtype))
+
+
+def vgg_rows(config: Any) -> Callable[[str], int]:
+    """Positions of a convolution's output; one for the head."""
+    model = build_vgg(config)
+    return lambda path: 1 if path == "head" else model.positions(path, config.model.size)
 
 
 MODELS = {
@@ -171,6 +239,31 @@ MODELS = {
         build=build_resnet,
         base=lambda config: build_resnet(config).clone(width=config.mup.base_width),
         rows=resnet_rows,
+        other_flops=lambda config: 0,
+    ),
+    "resnet_v1": ImageModel(
+        fields=dict(
+            CLASSIC,
+            depth=20,  # 18, 34, 50, 101, 152 or 6n + 2: published layouts
+            width=16,  # channels of the first stage; twice as many in each later one
+            large=False,  # stem of 7 x 7 and a maximum that quarter the side, for images of 224
+        ),
+        check=check_resnet_v1,
+        build=build_resnet_v1,
+        base=lambda config: build_resnet_v1(config).clone(width=config.mup.base_width),
+        rows=resnet_v1_rows,
+        other_flops=lambda config: 0,
+    ),
+    "vgg": ImageModel(
+        fields=dict(
+            CLASSIC | dict(size=32),
+            depth=19,  # 11, 13, 16, 19: published layouts
+            width=64,  # channels of the first stage; twice as many in each later one, up to eight times
+        ),
+        check=check_vgg,
+        build=build_vgg,
+        base=lambda config: build_vgg(config).clone(width=config.mup.base_width),
+        rows=vgg_rows,
         other_flops=lambda config: 0,
     ),
 }

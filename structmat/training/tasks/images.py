@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from structmat.data import images as data_images
 from structmat.data.moved import HELDOUT, draws, moved
+from structmat.training.errors import ConfigError
 from structmat.training.task import Source, Task
 from structmat.training.tasks.classification import MOVES, check_moves, heldout, loss, majority, moves_said
 from structmat.training.tasks.image_models import MODELS
@@ -21,14 +23,23 @@ def defaults(model: str = "vit") -> dict[str, Any]:
         data=dict(
             root="",  # '' is scikit-learn's digits; else a folder of train_images.npy, train_labels.npy and test_...
             **MOVES,
+            crop=0,  # pixels: training images are crops of their own size, with so many pixels of zeros around them
+            flip=False,  # and half of them, at random, are reflected left to right
+            smoothing=0.0,  # share of every training label that is spread over all classes
         ),
     )
 
 
 def check(config: Any) -> None:
     """Refuse sizes no model of this task can have."""
-    check_moves(config.data)
     MODELS[config.model.name].check(config)
+    check_moves(config.data)
+    if not 0 <= config.data.crop < config.model.size:
+        raise ConfigError(
+            "data.crop", config.data.crop, f"must be in 0 .. {config.model.size - 1} pixels", "4 is common"
+        )
+    if not 0 <= config.data.smoothing < 1:
+        raise ConfigError("data.smoothing", config.data.smoothing, "must be in [0, 1)", "0.1 is common")
 
 
 def build(config: Any) -> Task:
@@ -42,7 +53,7 @@ def build(config: Any) -> Task:
         base=choice.base(config),
         example=(images,),
         batch={"images": images, "labels": jax.ShapeDtypeStruct((config.batch,), jnp.int32)},
-        loss=loss,
+        loss=functools.partial(loss, smoothing=config.data.smoothing),
         metric="accuracy",
         unit="image",
         units=config.batch,
@@ -60,13 +71,14 @@ def load(config: Any) -> Source:
       DataError: missing or malformed files, or images or labels the model does not fit.
     """
     m, moves = config.model, {name: config.data[name] for name in MOVES}
+    crop, flip = config.data.crop, config.data.flip
     data = data_images.load(config.data.root)
     data_images.check_fit(data, m.size, m.channels, m.classes)
     where = draws(HELDOUT, 0, len(data.test_labels))
     test = lambda part: data_images.enlarged(moved(data.test_images[part], where[part], **moves), m.size, m.channels)
     return Source(
         batch=lambda step, rows=None: data_images.image_batch(
-            data, config.seed, step, config.batch, m.size, m.channels, rows, **moves
+            data, config.seed, step, config.batch, m.size, m.channels, rows, **moves, crop=crop, flip=flip
         ),
         heldout=lambda: heldout(test, data.test_labels, config.batch, config.eval.batches or None),
         sha256=data.sha256,
