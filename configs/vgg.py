@@ -5,7 +5,7 @@
         --config.structure="layers_.*/conv -> ordered()" --config.method="maestro(every=390, lasso=1e-6)"
 
 Layouts of Simonyan and Zisserman (2015) with one linear layer at the end; rate, momentum, decay, batch, epochs and drops of the
-code of "Maestro" for it. SGD with momentum; muP is off.
+code of "Maestro" for it. SGD with momentum; muP is off. Running statistics are taken anew at the end, over an epoch.
 
 `--config.data.root` is as for configs/vit.py, with images of side 32.
 """
@@ -25,5 +25,6 @@ def get_config(arg=None):
     )
     config.data.update(crop=4, flip=True)
     config.mup.enabled = False
+    config.eval.recalibrate = IMAGES // BATCH
     config.checkpoint.every = 1000
     return config

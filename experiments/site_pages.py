@@ -33,7 +33,7 @@ MEANINGS = {
     "steps": "updates of the whole run",
     "optim.name": f"the optimiser: {', '.join(OPTIMIZERS)}",
     "optim.schedule": f"of the rate: {', '.join(SCHEDULES)}",
-    "optim.b1": "decay of the mean of gradients",
+    "optim.b1": "decay of the mean of gradients; of sgd, the momentum",
     "optim.b2": "decay of the mean of their squares",
     "optim.eps": "added to the root of the mean of squares",
     "checkpoint.every": "steps between saves",

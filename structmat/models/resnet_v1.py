@@ -19,6 +19,8 @@ from structmat.nn import StructuredConv
 from structmat.nn.sites import pick, scope
 from structmat.structures.convolution import View
 
+MOMENTUM = 0.9
+"""Share of running statistics that stays in a step."""
 VGG_STAGES: dict[int, tuple[int, ...]] = {
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
@@ -76,7 +78,9 @@ class NormedConv(nn.Module):
             out_axes=self.axes[1],
             name="conv",
         )
-        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="norm")
+        norm = nn.BatchNorm(
+            use_running_average=not train, momentum=MOMENTUM, epsilon=1e-5, dtype=self.dtype, name="norm"
+        )
         return norm(conv(x))
 
 

@@ -20,8 +20,9 @@ from structmat.structures import StructureError
 from structmat.structures.errors import nearest, suggest
 from structmat.training.errors import ConfigError
 from structmat.training.methods import hook, method_of, rule_for
+from structmat.training.state import abstract_variables
 from structmat.training.switch import refuse_rule, stages
-from structmat.training.task import Task
+from structmat.training.task import BATCH_STATS, Task
 from structmat.training.tasks import TASKS
 
 DTYPES = ("float32", "bfloat16")
@@ -30,6 +31,7 @@ FREE = ("mesh", "accumulate", "checkpoint", "log_every", "max_skips", "profile")
 LATER = {
     "data": {"shift": 0, "rotation": 0.0, "start": 0.0, "crop": 0, "flip": False, "smoothing": 0.0},
     "optim": {"drops": "0.5, 0.75"},
+    "eval": {"recalibrate": 0},
 }
 """Fields that came after runs were stored by their content, with the value at which a run is as it was before."""
 
@@ -59,7 +61,7 @@ def default(task: str = "lm", model: str | None = None) -> ConfigDict:
                 drops="0.5, 0.75",  # fractions of the run at which schedule 'steps' divides the rate by ten
                 warmup=0.1,  # steps, or a fraction of the run if below 1
                 weight_decay=0.1,  # on matrices only; decoupled, but for sgd
-                b1=0.9,  # of sgd, the momentum
+                b1=0.9,
                 b2=0.95,
                 eps=1e-8,
                 clip=1.0,  # global gradient norm; 0 is off
@@ -72,6 +74,7 @@ def default(task: str = "lm", model: str | None = None) -> ConfigDict:
             eval=dict(
                 every=0,  # steps between evaluations on held-out data; 0 is only at the end
                 batches=0,  # held-out batches to use; 0 is all
+                recalibrate=0,  # training batches whose statistics replace those of batch normalisation after the last step
             ),
             checkpoint=dict(every=200, keep=2),  # steps between saves; newest saves kept
             max_skips=10,  # stop after this many non-finite steps in a row
@@ -134,6 +137,7 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
         raise ConfigError("structure", config.structure, str(error)) from None
     refuse_rule(config, rule_for(config, built.table))
     _check_logits(config, built)
+    _check_recalibrate(config, built)
     for name in ("view", "penalty", "link", "teacher"):
         hook(config, name, built.table)
     stages(config, built)
@@ -198,7 +202,7 @@ def _check_ranges(config: ConfigDict) -> None:
         "mup.base_width",
     ):
         _at_least(config, field, 1)
-    for field in ("eval.every", "eval.batches"):
+    for field in ("eval.every", "eval.batches", "eval.recalibrate"):
         _at_least(config, field, 0)
     if config.steps >= 2**31:
         raise ConfigError("steps", config.steps, "must be below 2147483648")
@@ -279,6 +283,18 @@ def _check_logits(config: ConfigDict, task: Task) -> None:
             config.method,
             f"compares the logits of two models, and those of task {config.task!r} put out none",
             f"tasks {', '.join(valid)} have logits",
+        )
+
+
+def _check_recalibrate(config: ConfigDict, task: Task) -> None:
+    if config.eval.recalibrate and BATCH_STATS not in abstract_variables(task):
+        images = TASKS["images"]
+        have = lambda name: BATCH_STATS in abstract_variables(images.build(default("images", name)))
+        raise ConfigError(
+            "eval.recalibrate",
+            config.eval.recalibrate,
+            "this model has no batch normalisation",
+            f"0 is for such; of task 'images' {', '.join(filter(have, images.MODELS))} have it",
         )
 
 

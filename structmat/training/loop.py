@@ -35,6 +35,7 @@ from structmat.training.errors import Interrupted, RunError
 from structmat.training.methods import method_of, report_of, rule_for
 from structmat.training.metrics import MetricWriter
 from structmat.training.progress import ProgressLine, Runs
+from structmat.training.recalibrate import recalibrated
 from structmat.training.record import Record
 from structmat.training.rule import Rule
 from structmat.training.sigterm import listening_for_sigterm
@@ -186,11 +187,13 @@ def train(
                         f"{checkpoints.folder / str(saved[-1]) if saved else 'none yet'}. A lower optim.lr, in another folder, may help."
                     )
 
+        fetched = lambda step: shard_batch(mesh, source.batch(step, rows), config.batch)
+        calibration = lambda: (fetched(step) for step in range(config.eval.recalibrate))
         pending = None
         for step in range(start + 1, config.steps + 1):
             if step - 1 == first_profiled:
                 trace.enter_context(jax.profiler.trace(str(Path(folder) / "profile")))
-            batch = shard_batch(mesh, source.batch(step - 1, rows), config.batch)
+            batch = fetched(step - 1)
 
             # ---- Switch: other structures from this step on; checkpoints of the step before know nothing of it -----
             if step - 1 in ahead:
@@ -223,6 +226,8 @@ def train(
                 process(*pending)
                 pending = None
                 with progress.beside():
+                    if final and config.eval.recalibrate:
+                        state = recalibrated(task, state, calibration())
                     if evaluates:
                         held_out = evaluate(eval_step, state, source, mesh)
                         writer.write(step, {f"heldout_{key}": value for key, value in held_out.items()})
@@ -239,6 +244,8 @@ def train(
                         log.info("%s: %s", name, line(row))
                         row["heldout_before"], eval_step = held_out, make_eval_step(task, mesh)
                         extra = noted(extra, task, row)
+                        if config.eval.recalibrate:
+                            state = recalibrated(task, state, calibration())
                         held_out = evaluate(eval_step, state, source, mesh)
                         log.info("%s: after it held-out %s %.4f", name, task.metric, held_out[task.metric])
                     if saves:

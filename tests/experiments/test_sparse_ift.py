@@ -49,6 +49,19 @@ def test_flops_of_nonzeros_are_those_of_the_dense_model(member, sparsity):
 
 
 @pytest.mark.parametrize("member", MEMBERS)
+def test_convolutions_keep_their_flops_and_the_first_and_shortcuts_are_dense(member):
+    config = default("images", "resnet_v1")
+    config.model.update(depth=8, width=32)
+    config.mup.enabled = False
+    dense, sparse = validate(config, devices=1), member_of(config, member, 0.75)
+    assert sparse.flops() == pytest.approx(dense.flops(), rel=0.02)
+    kinds = {path: site.bound.structure.name == "dense" for path, site in sparse.table.items()}
+    assert {path for path, still in kinds.items() if still} == {
+        "stem/conv", "head", "layers_1/shortcut/conv", "layers_2/shortcut/conv"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("member", MEMBERS)
 def test_no_sparsity_is_the_dense_model(member):
     config = base_of("cpu", "digits").make()
     assert changes(config, member, 0) == {}

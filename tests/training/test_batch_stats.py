@@ -10,7 +10,9 @@ from structmat.parallel import make_mesh, on_mesh, shard_batch
 from structmat.training import loop
 from structmat.training.build import compile_step, evaluate, make_eval_step, optimizer_for
 from structmat.training.config import default, validate
+from structmat.training.errors import ConfigError
 from structmat.training.load import load_run
+from structmat.training.recalibrate import recalibrated
 from structmat.training.state import create_state, initial_state, plan_state, variables_of
 from structmat.training.step import make_step
 from structmat.training.tasks.classification import loss
@@ -133,3 +135,37 @@ def test_smoothing_spreads_training_labels_alone():
         )
         found, _ = loss(Logits(), {}, batch, jax.random.key(0), train, smoothing=smoothing)
         assert float(found) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_recalibrated_they_are_the_means_over_batches_and_the_rest_stays():
+    task, state, step, source = started(small())
+    state, _ = step(state, source.batch(0, None))
+    batches = [source.batch(i, None) for i in (3, 4, 5)]
+    new = recalibrated(task, state, batches)
+    begun = variables_of(state) | {"batch_stats": jax.tree.map(jnp.zeros_like, state.batch_stats)}
+    call = jax.jit(lambda images: task.model.apply(begun, images, True, mutable=["batch_stats"])[1]["batch_stats"])
+    each = [call(batch["images"]) for batch in batches]
+    mean = jax.tree.map(lambda *a: sum(a) / 0.1 / 3, *each)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), new.batch_stats, mean)
+    jax.tree.map(np.testing.assert_array_equal, new.replace(batch_stats=state.batch_stats), state)
+    stem = np.asarray(task.model.apply(variables_of(state), batches[0]["images"], capture_intermediates=True, mutable=True)[1]
+                      ["intermediates"]["stem"]["conv"]["__call__"][0])  # fmt: skip
+    only = recalibrated(task, state, batches[:1]).batch_stats["stem"]["norm"]
+    np.testing.assert_allclose(only["var"], stem.var((0, 1, 2)), rtol=1e-3)
+
+
+@pytest.mark.long
+def test_a_cut_after_the_last_step_is_evaluated_with_statistics_of_its_own(tmp_path):
+    config = small(switch="end: layers_.*/conv./conv -> low_rank(rank=1)")
+    plain = loop.train(config, tmp_path / "plain").metrics
+    config.eval.recalibrate = 4
+    again = loop.train(config, tmp_path / "again").metrics
+    assert again["heldout"]["loss"] != plain["heldout"]["loss"]
+    run = load_run(tmp_path / "again")
+    assert heldout_loss(run.task, run.variables) == pytest.approx(again["heldout"]["loss"], rel=1e-5)
+    with pytest.raises(
+        ConfigError, match=r"eval\.recalibrate = 2: this model has no batch normalisation.*resnet_v1, vgg"
+    ):
+        config = default("images")
+        config.eval.recalibrate = 2
+        validate(config)

@@ -144,7 +144,12 @@ def test_validate_reads_no_data_and_compiles_nothing(monkeypatch):
 def test_defaults_are_valid_and_resolve_structures(task, model):
     config = default(task, model)
     assert config.model.name == model
-    own = {"resnet": "layers_.*/conv. -> ", "unet": "down_.*/conv. -> "}.get(model, "")  # no site of kind linear
+    own = {
+        "resnet": "layers_.*/conv. -> ",
+        "resnet_v1": "layers_.*/conv./conv -> ",
+        "vgg": "layers_[1-9].*/conv -> ",
+        "unet": "down_.*/conv. -> ",
+    }.get(model, "")  # no site of kind linear
     config.structure = own + "fit(low_rank(), params=0.5)"
     built = validate(config, devices=8)
     names = {(site.kind, site.bound.structure.name) for site in built.table.values()}
