@@ -319,6 +319,16 @@ def identity(config: ConfigDict, rule: Any = None) -> dict[str, Any]:
     return json.loads(json.dumps(kept | {"rule": repr(rule) if rule is not None else ""}))
 
 
+def completed(config: ConfigDict) -> ConfigDict:
+    """A copy of a config stored before there were LATER fields, with these as they then were."""
+    own = config.copy_and_resolve_references()
+    now = default(own.task, own.model.name)
+    for group, later in LATER.items():
+        for field in later.keys() & now.get(group, {}).keys() - own.get(group, {}).keys():
+            own[group][field] = later[field]
+    return own
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) wherever two nested dicts differ."""
     for key in dict.fromkeys([*new, *old]):

@@ -19,7 +19,7 @@ from structmat.structures.rules import matching
 from structmat.training import workdir
 from structmat.training.build import stored_plan
 from structmat.training.checkpoint import Checkpointer
-from structmat.training.config import validate
+from structmat.training.config import completed, validate
 from structmat.training.errors import RunError
 from structmat.training.rule import Rule
 from structmat.training.state import variables_of
@@ -152,6 +152,6 @@ def _newest(folder: str | Path, checkpoints: Checkpointer, devices: int) -> tupl
     found = checkpoints.latest()
     if found is None:
         raise RunError(f"{str(folder)!r} has no checkpoint yet; train for longer, or lower checkpoint.every")
-    config = ConfigDict(json.loads(json.dumps(found.extra["config"])))
+    config = completed(ConfigDict(json.loads(json.dumps(found.extra["config"]))))
     config.mesh = ConfigDict(dict(replica=1, data=1, fsdp=1, tensor=devices))
     return config, with_table(validate(config, devices), found.extra["sites"]), found.step

@@ -2,8 +2,9 @@
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
-from structmat.training.config import FREE, default, differences, identity, validate
+from structmat.training.config import FREE, LATER, completed, default, differences, identity, validate
 from structmat.training.errors import ConfigError
 from structmat.training.tasks import TASKS
 
@@ -163,3 +164,15 @@ def test_identity_leaves_out_what_may_change():
     two.mesh.data, two.log_every, two.optim.lr = 4, 7, 1e-3
     assert [key for key, _, _ in differences(identity(one), identity(two))] == ["optim.lr"]
     assert not set(FREE) & set(identity(one))
+
+
+@pytest.mark.parametrize("task", ["lm", "images", "digits", "navier_stokes"])
+def test_a_config_stored_before_there_were_fields_is_completed(task):
+    now = default(task)
+    old = ConfigDict(now.to_dict())
+    for group, later in LATER.items():
+        for field in later:
+            old.get(group, {}).pop(field, None)
+    with pytest.raises(ConfigError, match="this field is missing"):
+        validate(old, devices=1)
+    assert completed(old).to_dict() == now.to_dict() and identity(old) == identity(now)
