@@ -324,8 +324,9 @@ def completed(config: ConfigDict) -> ConfigDict:
     own = config.copy_and_resolve_references()
     now = default(own.task, own.model.name)
     for group, later in LATER.items():
-        for field in later.keys() & now.get(group, {}).keys() - own.get(group, {}).keys():
-            own[group][field] = later[field]
+        for field in later:
+            if field in now.get(group, {}) and field not in own[group]:
+                own[group][field] = later[field]
     return own
 
 
