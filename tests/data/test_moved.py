@@ -71,6 +71,9 @@ def test_crops_are_those_of_padded_images_and_half_are_reflected():
         assert len(at) == 1
         places.add((*at[0], turn > 0))
     assert len(places) == 50
+    straight = cropped(np.repeat(IMAGES[:1], 600, 0), draw, 2, False)
+    turned = [image[:, ::-1] if turn > 0 else image for image, (_, _, turn) in zip(found, draw)]
+    np.testing.assert_array_equal(straight, np.stack(turned))
     assert cropped(IMAGES, draw[:3], 0, False) is IMAGES
     with pytest.raises(ValueError, match="zip"):
         cropped(IMAGES, draw, 1, False)
