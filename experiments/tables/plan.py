@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ TUNE_SEED = 1000
 """Of the runs that choose a rate; none of the seeds that are compared."""
 TUNE_SHARE = 3
 """A rate is tried for this fraction of the steps."""
+CLOSE = 0.005
+"""Trials that end within this share of the best one's figure are taken as equal, for they have one seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +184,7 @@ def _tuned(name: str, config: ConfigDict, base: Base, store: Store) -> tuple[Map
         return {}, base.rates[0]
     trials = {rate: _trial(name, config, base, rate) for rate in base.rates}
     for _ in range(base.further):
-        best, ends = best_rate(trials, base, store), sorted(trials)
+        best, ends = best_rate(trials, base, store, close=0.0), sorted(trials)
         if best not in (ends[0], ends[-1]):
             break
         at, inner = (ends[0], ends[1]) if best == ends[0] else (ends[-1], ends[-2])
@@ -207,8 +210,8 @@ def _at_rate(config: ConfigDict, base: Base, rate: float, seed: int) -> ConfigDi
     return own
 
 
-def best_rate(trials: Mapping[float, Run], base: Base, store: Store) -> float | None:
-    """The multiple whose trial ended best; None while one is missing.
+def best_rate(trials: Mapping[float, Run], base: Base, store: Store, close: float = CLOSE) -> float | None:
+    """The multiple nearest to 1 of those whose trials ended within `close` of the best; None while one is missing.
 
     Raises:
       TableError: every trial diverged.
@@ -217,13 +220,15 @@ def best_rate(trials: Mapping[float, Run], base: Base, store: Store) -> float | 
     if any(result is None for result in found.values()):
         return None
     sign = 1 if base.lower else -1
-    scored = [(sign * r.heldout[base.metric], rate) for rate, r in found.items() if r and not r.failed]
+    scored = {rate: sign * r.heldout[base.metric] for rate, r in found.items() if r and not r.failed}
     if not scored:
         first = next(iter(trials))
         raise TableError(
             f"{trials[first].label}: the run failed at every rate tried: {found[first] and found[first].failed}"
         )
-    return min(scored)[1]
+    best = min(scored.values())
+    equal = [rate for rate, score in scored.items() if score <= best + close * abs(best)]
+    return min(equal, key=lambda rate: (abs(math.log(rate)), scored[rate]))
 
 
 def key_of(config: ConfigDict) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table as Grid
 
 from experiments.tables.bases import Base
 from experiments.tables.judge import Verdict, interval
+from experiments.tables.plan import CLOSE
 from experiments.tables.results import Cost, Line, Results, cost_of
 from experiments.tables.schema import DENSE, Claim
 
@@ -109,7 +110,7 @@ def _tuning(base: Base, lr: float) -> str:
     beyond = f", and up to {base.further} beyond as long as the best is at an end," if base.further else ""
     return (
         f"multiple of {lr:g} best of {', '.join(f'{r:g}' for r in base.rates)}{beyond} in a run of a third of the steps with "
-        "another seed, per family; ! is at the end of what was tried"
+        f"another seed, per family, and of those within {CLOSE:.1%} of the best the one nearest 1; ! is at the end of what was tried"
     )
 
 

@@ -107,11 +107,29 @@ def test_the_rate_is_that_of_the_best_trial(tmp_path, lower, best):
 
 
 @pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ({0.5: 1.0, 1: 1.004, 2: 1.02}, 1),
+        ({0.5: 1.0, 1: 1.006, 2: 1.02}, 0.5),
+        ({1: 1.1, 2: 1.004, 4: 1.0}, 2),
+        ({0.5: 1.001, 1: 1.1, 2: 1.0}, 2),
+    ],
+)
+def test_of_rates_that_end_alike_the_one_nearest_the_base_is_taken(tmp_path, losses, best):
+    store, trials = Store(tmp_path, "cpu"), {}
+    for rate, loss in losses.items():
+        trials[rate] = Run(str(rate), str(rate), small())
+        put(store, str(rate), heldout={"loss": loss})
+    assert best_rate(trials, TINY, store) == best
+
+
+@pytest.mark.parametrize(
     ("losses", "tried", "rate", "edge"),
     [
         ({0.5: 2, 1: 1, 2: 3}, [0.5, 1, 2], 1, False),
         ({0.5: 3, 1: 2, 2: 1, 4: None}, [0.5, 1, 2, 4], 2, False),
         ({0.5: 3, 1: 2, 2: 1, 4: 0.5, 8: 0.2}, [0.5, 1, 2, 4, 8], 8, True),
+        ({0.5: 3, 1: 1.002, 2: 1, 4: 0.5, 8: 0.499}, [0.5, 1, 2, 4, 8], 4, False),
         ({0.125: 0.9, 0.25: 0.8, 0.5: 1, 1: 2, 2: None}, [0.5, 1, 2, 0.25, 0.125], 0.25, False),
     ],
 )
