@@ -37,8 +37,8 @@ def changes(config: ConfigDict, member: Member, sparsity: float) -> dict[str, An
     """Fields of the config to change, by dotted name, for a model of the same FLOPs whose layers are sparse.
 
     `wide` multiplies the model's width by 1/sqrt(1 - sparsity) and masks its linear sites, and convolutions but the first and
-    those of shortcuts, so that the whole model has the
-    FLOPs of the dense one: what a site gains in size it loses in density, and sites that stay dense are paid for by all.
+    those of shortcuts, so that the whole model has the FLOPs of the dense one: what a site gains in size it loses in density,
+    and sites that stay dense are paid for by all.
     `parallel` adds round(1/(1 - sparsity)) branches, each with a ReLU; `factorised` puts two sparse factors around a ReLU;
     `doped` adds a dense low rank to a sparse weight. Masked weights start 1/sqrt(density) larger. Optimisation is as it was.
 

@@ -97,7 +97,8 @@ def conditions(results: Results) -> str:
     row = plan.rows[0]
     return (
         f"Scale {plan.scale}: {row.config.steps} steps of {row.config.batch} examples; {'; '.join(data)}. Mean ± standard "
-        f"deviation over seeds 0 to {plan.base.seeds - 1}. Rate: {_tuning(plan.base, row.config.optim.lr)}. Step: its time over dense's, {_timed(results)}. Parameters, "
+        f"deviation over seeds 0 to {plan.base.seeds - 1}. Rate: {_tuning(plan.base, row.config.optim.lr)}. "
+        f"Step: its time over dense's, {_timed(results)}. Parameters, "
         "bits and FLOPs: of the model that is evaluated. Memory: of the compiled step, state and temporaries. "
         f"{'; '.join(machines)}, jax {', '.join(versions)}, {dates[0][:10]} to {dates[-1][:10]}, {len(records)} runs, the "
         f"longest {slowest:.0f} s. `python -m experiments.tables run {plan.table.name} --scale={plan.scale}`"

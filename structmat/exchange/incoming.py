@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from structmat.exchange import from_disk
 from structmat.exchange.huggingface import KEPT
 from structmat.exchange.sources import Source
-from structmat.exchange.structured import empty_folder
+from structmat.exchange.structured import COLLECTIONS, empty_folder
 from structmat.nn import Site, leaf_groups
 from structmat.nn.sites import layer_paths
 from structmat.parallel import make_mesh, on_mesh
@@ -253,7 +253,7 @@ def _missed(bound: Bound, w: jax.Array, params: Mapping[str, Any]) -> jax.Array:
 
 def _others(source: Source, template: Any, spool: from_disk.Spool, digest: Any) -> None:
     """Biases, norms and positions: what the variables have beside the leaves of sites."""
-    for collection in ("params", "frozen"):
+    for collection in COLLECTIONS:
         for name, leaf in named(getattr(template, collection)).items():
             full = f"{collection}/{name}"
             if full in spool:
@@ -271,7 +271,7 @@ def _state(template: Any, written: Mapping[str, np.ndarray]) -> dict[str, np.nda
     """Every leaf of the training state: what was written, and zeros, which is how clock and optimiser begin."""
     arrays = {}
     for name, leaf in named(template).items():
-        if name.partition("/")[0] in ("params", "frozen"):
+        if name.partition("/")[0] in COLLECTIONS:
             arrays[name] = written[name]
             if (arrays[name].shape, arrays[name].dtype) != (leaf.shape, leaf.dtype):
                 raise ValueError(f"{name}: {arrays[name].dtype} {arrays[name].shape} for {leaf.dtype} {leaf.shape}")

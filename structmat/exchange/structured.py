@@ -26,11 +26,11 @@ from structmat.surgery import by_layer
 from structmat.surgery.layers import named
 from structmat.training.environment import versions
 from structmat.training.plain_json import plain
-from structmat.training.task import dump_table
+from structmat.training.task import BATCH_STATS, dump_table
 
 INDEX, WEIGHTS = "structmat.json", "weights.safetensors"
 SCHEMA = 1
-COLLECTIONS = ("params", "frozen")
+COLLECTIONS = ("params", "frozen", BATCH_STATS)
 _SHOWN = 8
 
 
@@ -66,7 +66,8 @@ class Structured:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What `load_safetensors` returns: variables {"params", "frozen"}, the stored sites, config ({} if none) and versions."""
+    """What `load_safetensors` returns: variables {"params", "frozen"} and, if any, "batch_stats", the stored sites, config ({}
+    if none) and versions."""
 
     variables: dict[str, Any]
     sites: Mapping[str, Mapping[str, Any]]
@@ -80,7 +81,7 @@ def save_safetensors(
     """Write the model's variables to a new or empty folder; every leaf dtype of a structure, bfloat16 too, bit by bit.
 
     Args:
-      variables: collections `params` and `frozen`, unboxed; groups of scanned layers are taken apart.
+      variables: collections `params`, `frozen` and `batch_stats`, unboxed; groups of scanned layers are taken apart.
       table: the model's sites, from `structmat.nn.sites`.
       config: JSON of the run, so that a model can be built without its code.
 
@@ -186,14 +187,14 @@ def load_safetensors(folder: str | Path, like: Any = None) -> Loaded:
     stored = {f"{a['collection']}/{n}": (tuple(a["shape"]), a["dtype"]) for n, a in held.arrays.items()}
     read = lambda path: held.read(path.partition("/")[2])
     if like is None:
-        tree = {name: {} for name in COLLECTIONS}
+        tree: dict[str, Any] = {}
         for path in stored:
             *parents, last = path.split("/")
             node = tree
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[last] = jnp.asarray(read(path))
-        return Loaded(tree, held.sites, held.config, held.versions)
+        return Loaded({"params": {}, "frozen": {}} | tree, held.sites, held.config, held.versions)
     leaves = named(like)
     wanted = {}
     for path, leaf in leaves.items():
@@ -206,7 +207,7 @@ def load_safetensors(folder: str | Path, like: Any = None) -> Loaded:
         layers = layer_paths(path)
         found.append(jnp.asarray(read(path) if layers == [path] else np.stack([read(layer) for layer in layers])))
     tree = jax.tree.unflatten(jax.tree.structure(like), found)
-    return Loaded({name: tree.get(name, {}) for name in COLLECTIONS}, held.sites, held.config, held.versions)
+    return Loaded({"params": {}, "frozen": {}} | dict(tree), held.sites, held.config, held.versions)
 
 
 def _compare(what: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:

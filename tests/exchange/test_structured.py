@@ -135,7 +135,7 @@ def test_damage_is_found(saved):
 def test_what_cannot_be_saved(saved, model, variables, tmp_path):
     with pytest.raises(DataError, match=r"is not empty \(it holds structmat.json, weights.safetensors\)"):
         save_safetensors(saved, variables, sites(model, EXAMPLE))
-    with pytest.raises(DataError, match="collection 'cache' cannot be saved; valid: params, frozen"):
+    with pytest.raises(DataError, match="collection 'cache' cannot be saved; valid: params, frozen, batch_stats"):
         save_safetensors(tmp_path / "x", {"cache": {"a": jnp.ones(2)}}, {})
     with pytest.raises(DataError, match="array 'a' has dtype float8_e5m2"):
         save_safetensors(tmp_path / "y", {"params": {"a": jnp.ones(2, jnp.float8_e5m2)}}, {})
