@@ -34,6 +34,8 @@ SCHEDULES = {
 
 
 def _after_warmup(spec: Mapping[str, Any], warmup: int, then: optax.Schedule) -> optax.Schedule:
+    if not warmup:
+        return then
     return optax.join_schedules([optax.linear_schedule(0.0, spec["lr"], warmup), then], [warmup])
 
 
