@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional as F
 
 from structmat.models import VGG, ResNetV1
 from structmat.nn import assign, site_params, sites
@@ -13,7 +11,6 @@ from structmat.training.config import default, validate
 from structmat.training.errors import ConfigError
 from tests.models.helpers import shaken
 
-torch.set_num_threads(1)
 RULES = "layers_.*/conv2/conv -> low_rank(rank=2)"
 RESNET = dict(classes=5, width=8)
 CASES = {
@@ -23,25 +20,32 @@ CASES = {
 }
 
 
+def torch():
+    """Torch itself, which only the long tests have."""
+    return pytest.importorskip("torch")
+
+
 class Plain:
     """The same in torch, channels first; weights only as dense kernels, running statistics changed in place."""
 
     def __init__(self, model, variables, images, train):
         self.table, self.variables, self.train = sites(model, images), variables, train
-        self.stats = jax.tree.map(lambda a: torch.from_numpy(np.array(a)), variables["batch_stats"])
+        self.stats = jax.tree.map(lambda a: torch().from_numpy(np.array(a)), variables["batch_stats"])
 
     def leaf(self, tree, path):
         for part in path.split("/"):
             tree = tree[part]
-        return jax.tree.map(lambda a: a if isinstance(a, torch.Tensor) else torch.from_numpy(np.array(a)), tree)
+        return jax.tree.map(lambda a: a if isinstance(a, torch().Tensor) else torch().from_numpy(np.array(a)), tree)
 
     def conv(self, x, path, size, stride=1):
         site = self.table[f"{path}/conv"]
         matrix = np.array(site.bound.materialize(site_params(self.variables, f"{path}/conv", site)))
-        kernel = torch.from_numpy(matrix).reshape(size, size, x.shape[1], -1).permute(3, 2, 0, 1)
-        y = F.conv2d(x, kernel, stride=stride, padding=size // 2)
+        kernel = torch().from_numpy(matrix).reshape(size, size, x.shape[1], -1).permute(3, 2, 0, 1)
+        y = torch().nn.functional.conv2d(x, kernel, stride=stride, padding=size // 2)
         norm, held = self.leaf(self.variables["params"], f"{path}/norm"), self.leaf(self.stats, f"{path}/norm")
-        return F.batch_norm(y, held["mean"], held["var"], norm["scale"], norm["bias"], self.train, 0.1, 1e-5)
+        return torch().nn.functional.batch_norm(
+            y, held["mean"], held["var"], norm["scale"], norm["bias"], self.train, 0.1, 1e-5
+        )
 
     def head(self, x):
         own = self.leaf(self.variables["params"], "head")
@@ -50,7 +54,7 @@ class Plain:
 
 def resnet(model, plain, x):
     x = plain.conv(x, "stem", 7 if model.large else 3, 2 if model.large else 1).relu()
-    x = F.max_pool2d(x, 3, 2, 1) if model.large else x
+    x = torch().nn.functional.max_pool2d(x, 3, 2, 1) if model.large else x
     i = 0
     for stage, count in enumerate(model.blocks):
         for j in range(count):
@@ -70,10 +74,11 @@ def vgg(model, plain, x):
     for count in model.convs:
         for _ in range(count):
             x, i = plain.conv(x, f"layers_{i}", 3).relu(), i + 1
-        x = F.max_pool2d(x, 2)
+        x = torch().nn.functional.max_pool2d(x, 2)
     return plain.head(x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_statistics_are_those_of_torch(case, train):
@@ -85,7 +90,7 @@ def test_logits_and_statistics_are_those_of_torch(case, train):
     call = jax.jit(lambda v: model.apply(v, images, train, mutable=["batch_stats"]))
     logits, new = call(held)
     plain = Plain(model, held, images, train)
-    x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+    x = torch().from_numpy(np.array(images)).permute(0, 3, 1, 2)
     expected = (vgg if case == "vgg" else resnet)(model, plain, x)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, atol=2e-4 * np.abs(expected).max())
