@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +25,8 @@ TUNE_SEED = 1000
 TUNE_SHARE = 3
 """A rate is tried for this fraction of the steps."""
 CLOSE = 0.005
-"""Trials that end within this share of the best one's figure are taken as equal, for they have one seed."""
+"""Trials that end within this share of the best one's figure are taken as equal, for they have one seed; of these the lowest rate
+is taken, for a shorter run favours higher ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _at_rate(config: ConfigDict, base: Base, rate: float, seed: int) -> ConfigDi
 
 
 def best_rate(trials: Mapping[float, Run], base: Base, store: Store, close: float = CLOSE) -> float | None:
-    """The multiple nearest to 1 of those whose trials ended within `close` of the best; None while one is missing.
+    """The lowest multiple of those whose trials ended within `close` of the best; None while one is missing.
 
     Raises:
       TableError: every trial diverged.
@@ -227,8 +227,7 @@ def best_rate(trials: Mapping[float, Run], base: Base, store: Store, close: floa
             f"{trials[first].label}: the run failed at every rate tried: {found[first] and found[first].failed}"
         )
     best = min(scored.values())
-    equal = [rate for rate, score in scored.items() if score <= best + close * abs(best)]
-    return min(equal, key=lambda rate: (abs(math.log(rate)), scored[rate]))
+    return min(rate for rate, score in scored.items() if score <= best + close * abs(best))
 
 
 def key_of(config: ConfigDict) -> str:

@@ -111,7 +111,7 @@ def _tuning(base: Base, lr: float) -> str:
     beyond = f", and up to {base.further} beyond as long as the best is at an end," if base.further else ""
     return (
         f"multiple of {lr:g} best of {', '.join(f'{r:g}' for r in base.rates)}{beyond} in a run of a third of the steps with "
-        f"another seed, per family, and of those within {CLOSE:.1%} of the best the one nearest 1; ! is at the end of what was tried"
+        f"another seed, per family, and of those within {CLOSE:.1%} of the best the lowest; ! is at the end of what was tried"
     )
 
 

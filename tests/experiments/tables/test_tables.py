@@ -109,13 +109,13 @@ def test_the_rate_is_that_of_the_best_trial(tmp_path, lower, best):
 @pytest.mark.parametrize(
     ("losses", "best"),
     [
-        ({0.5: 1.0, 1: 1.004, 2: 1.02}, 1),
-        ({0.5: 1.0, 1: 1.006, 2: 1.02}, 0.5),
+        ({0.5: 1.004, 1: 1.0, 2: 1.02}, 0.5),
+        ({0.5: 1.006, 1: 1.0, 2: 1.02}, 1),
         ({1: 1.1, 2: 1.004, 4: 1.0}, 2),
-        ({0.5: 1.001, 1: 1.1, 2: 1.0}, 2),
+        ({0.5: 1.001, 1: 1.1, 2: 1.0}, 0.5),
     ],
 )
-def test_of_rates_that_end_alike_the_one_nearest_the_base_is_taken(tmp_path, losses, best):
+def test_of_rates_that_end_alike_the_lowest_is_taken(tmp_path, losses, best):
     store, trials = Store(tmp_path, "cpu"), {}
     for rate, loss in losses.items():
         trials[rate] = Run(str(rate), str(rate), small())
