@@ -257,7 +257,7 @@ BASES: dict[tuple[str, str], Base] = {
     ("cpu", "digits_resnet"): Base(digits_resnet, "accuracy", lower=False, others=("loss",), seeds=5),
     ("cpu", "digits_vit"): Base(digits_vit, "accuracy", lower=False, others=("loss",), seeds=5, rates=(1.0, 2.0, 4.0)),
     ("cpu", "digits_mixer"): Base(digits_mixer, "accuracy", lower=False, others=("loss",), seeds=5),
-    ("cpu", "teacher"): Base(teacher, "mse"),
+    ("cpu", "teacher"): Base(teacher, "mse", further=0),
     ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte"),
     ("cpu", "bytes_short"): Base(bytes_short, "bits_per_byte"),
     ("cpu", "flow"): Base(flow, "l2", others=("h1", "l2_fine")),

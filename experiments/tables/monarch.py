@@ -39,8 +39,7 @@ E2E = Table(
         "cpu": (
             "Why Monarch is further behind dense than in the paper, and behind a narrower dense model: 450 steps are far from "
             "the end of training, and what counts then is how fast a model learns, not what it can hold: half of dense's parameters "
-            "cost a dense model little, and both factored arms are behind it; the rate at the edge of what was tried may cost "
-            "Monarch more. It is not the product: that and the projection meet their closed forms (`tests/structures`), and the arms "
+            "cost a dense model little, and both factored arms are behind it. It is not the product: that and the projection meet their closed forms (`tests/structures`), and the arms "
             "of monarch_d2s that turn to Monarch halfway end close to dense.",
         )
     },

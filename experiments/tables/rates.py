@@ -91,8 +91,9 @@ RATES = Table(
             "which ends above the short one on every seed. Normalised weights, which the paper needs for GPT-2, bear the same "
             "rates and gain half a bit; in the MLPs of table scaling the structure needs none. Its other comparisons are with "
             "what is not normalised, too.",
-            "Why Monarch is worse at its own rates: it takes the lowest of those tried, and would take a lower one; like block "
-            "tensor train it is a product of two factors, and it has no normalisation here.",
+            "Why Monarch is worse at its own rates: like block tensor train it is a product of two factors whose rates the "
+            "multipliers raise and nothing normalises, and the best rate in a third of the steps is too high for all of them; half of "
+            "that rate is worse in the third.",
             "Why block tensor train is behind Kronecker and tensor train: beside the above, rows are of equal parameters, at which "
             "these two take seven times its FLOPs; the paper compares at equal FLOPs, as table scaling does.",
         )
