@@ -46,12 +46,10 @@ PRETRAIN = Table(
     ),
     remarks={
         "cpu": (
-            "Why the nonlinearity does not help, and arms of half the parameters pass dense: 450 steps measure how fast a model "
-            "learns. The few channels that are whole carry most of it, without the nonlinearity more than with it (cola, the "
-            "nonlinearity alone, is level with low rank). They take 11 times dense's rate, by their fan-in of 6 in a sum of two; "
-            "that alone does not do it, as the sparse values of sltrain take 16 times and gain nothing. Which channels they "
-            "are does not matter here: from a random start no channel stands out. The best rate tried is at the edge for most "
-            "arms. SLTrain is 0.014 bits behind low rank; see sltrain. The structure itself is tested against its definition "
+            "Why arms of half the parameters pass dense: 450 steps measure how fast a model learns, and the few channels that are "
+            "whole take several times dense's rate, by their fan-in of 6; cola, the nonlinearity alone, is level with low rank. "
+            "Which channels they are does not matter here: from a random start no channel stands out. SLTrain is 0.014 bits "
+            "behind low rank; see sltrain. The structure itself is tested against its definition "
             "(`tests/structures/test_lost.py`).",
         )
     },

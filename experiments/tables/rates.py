@@ -88,8 +88,8 @@ RATES = Table(
     remarks={
         "cpu": (
             "Why block tensor train is worse at its own rates: the one that is best in a third of the steps breaks the whole run, "
-            "which ends above the short one on every seed. Normalised weights, which the paper needs for GPT-2, bear the same "
-            "rates and gain half a bit; in the MLPs of table scaling the structure needs none. Its other comparisons are with "
+            "which ends above the short one on every seed. Normalised weights, which the paper needs for GPT-2, bear twice that "
+            "and gain over half a bit; in the MLPs of table scaling the structure needs none. Its other comparisons are with "
             "what is not normalised, too.",
             "Why Monarch is worse at its own rates: like block tensor train it is a product of two factors whose rates the "
             "multipliers raise and nothing normalises, and the best rate in a third of the steps is too high for all of them; half of "
