@@ -59,10 +59,9 @@ KNGPT2 = Table(
             "term next to nothing of an MLP is left, and the model does without it; with 8 what it adds is no longer small and "
             "still nearly all wrong.",
             "Why low rank heals better: at equal size it is nearer to these MLPs (0.73 against 0.77).",
-            "Why Kronecker from noise is ahead of Monarch, and of what was projected from dense: a sum of 32 terms at a quarter of "
-            "the parameters learns these 450 steps as fast as dense, at more FLOPs than Monarch of its size; the comparison of "
-            "exponents is at equal FLOPs, as in scaling. What is projected at 0.7 of the run has lost most of each MLP and has a "
-            "decaying rate left to learn it again; the paper starts from a model trained to its end.",
+            "Why Kronecker from noise is ahead of Monarch: a sum of 32 terms at a quarter of the parameters learns these 450 steps "
+            "nearly as fast as dense, at more FLOPs than Monarch of its size; the comparison of exponents is at equal FLOPs, as in "
+            "scaling.",
         )
     },
 )  # fmt: skip

@@ -143,10 +143,9 @@ MAESTRO = Table(
     ),
     remarks={
         "cpu": (
-            "Why two claims do not hold: the authors' small VGG-19 still has millions of parameters; this perceptron has 150 "
+            "Why a tenth of the parameters does not beat dense: the authors' small VGG-19 still has millions of parameters; this perceptron has 150 "
             "thousand, and a tenth of its linear layers is too little for 64 pixels and 10 classes, whoever finds the ranks: low "
-            "rank and an SVD of that size are further behind. And of the two ways to a tenth the larger cut after the weaker lasso is the "
-            "better one: a lasso that reaches the tenth by itself shrinks what stays as well. The implementation recovers all "
+            "rank and an SVD of that size are further behind. The implementation recovers all "
             "truncations of a linear teacher at once (`tests/sparse/test_maestro.py`), as the paper proves.",
         )
     },

@@ -81,9 +81,7 @@ PRETRAIN = Table(
     ),
     remarks={
         "cpu": (
-            "Why SLTrain is behind dense and the narrower dense model: 450 steps measure how fast a model learns, and there "
-            "low rank and Monarch are behind dense ones as well (table monarch). The "
-            "paper trains for 11 thousand steps and more. The product, the support and the backward pass that rebuilds meet their "
+            "The product, the support and the backward pass that rebuilds meet their "
             "dense equals (`tests/structures`), and the parameters of its models the paper's (`accounting.md`).",
         )
     },
