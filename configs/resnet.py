@@ -7,7 +7,7 @@
 
 Sizes of He et al. (2016). 20 and 32 are for CIFAR-10, with rate, decay, batch, epochs and drops of the code of "Trained Rank
 Pruning"; 18 and 50 for ImageNet-1k, with those of the code of "Sparse-IFT" and of "Rigging the Lottery", without the random sizes
-of their crops. SGD with momentum; muP is off. Running
+of their crops. The batch of 18 is theirs of 32 a device on 8 devices, a number we assume. SGD with momentum; muP is off. Running
 statistics are taken anew at the end, over 100 batches.
 
 `--config.data.root` is as for configs/vit.py, with images of side 32 or 224.

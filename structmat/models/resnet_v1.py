@@ -53,7 +53,7 @@ def stages_of(depth: int) -> tuple[tuple[int, ...], bool]:
 
 class NormedConv(nn.Module):
     """x `(batch, h, w, channels)` -> `(batch, h / stride, w / stride, features)`: a convolution without bias, zeros around it,
-    and batch normalisation. The site is the module itself, its path that of the module with `/conv`."""
+    and batch normalisation. Site conv."""
 
     features: int
     size: int

@@ -162,12 +162,6 @@ def build_resnet_v1(config: Any) -> ResNetV1:
     return ResNetV1(m.classes, m.width, blocks, bottleneck, m.large, m.view, dtype=jnp.dtype(m.dtype))
 
 
-def resnet_v1_rows(config: Any) -> Callable[[str], int]:
-    """Positions of a convolution's output; one for the head."""
-    model = build_resnet_v1(config)
-    return lambda path: 1 if path == "head" else model.positions(path, config.model.size)
-
-
 def check_vgg(config: Any) -> None:
     """Refuse sizes no VGG can have."""
     m = config.model
@@ -185,10 +179,14 @@ def build_vgg(config: Any) -> VGG:
     return VGG(m.classes, m.width, VGG_STAGES[m.depth], m.view, dtype=jnp.dtype(m.dtype))
 
 
-def vgg_rows(config: Any) -> Callable[[str], int]:
-    """Positions of a convolution's output; one for the head."""
-    model = build_vgg(config)
-    return lambda path: 1 if path == "head" else model.positions(path, config.model.size)
+def conv_rows(build: Callable[[Any], ResNetV1 | VGG]) -> Callable[[Any], Callable[[str], int]]:
+    """The `rows` of a model: positions of a convolution's output; one for the head."""
+
+    def rows(config: Any) -> Callable[[str], int]:
+        model = build(config)
+        return lambda path: 1 if path == "head" else model.positions(path, config.model.size)
+
+    return rows
 
 
 MODELS = {
@@ -251,7 +249,7 @@ MODELS = {
         check=check_resnet_v1,
         build=build_resnet_v1,
         base=lambda config: build_resnet_v1(config).clone(width=config.mup.base_width),
-        rows=resnet_v1_rows,
+        rows=conv_rows(build_resnet_v1),
         other_flops=lambda config: 0,
     ),
     "vgg": ImageModel(
@@ -263,7 +261,7 @@ MODELS = {
         check=check_vgg,
         build=build_vgg,
         base=lambda config: build_vgg(config).clone(width=config.mup.base_width),
-        rows=vgg_rows,
+        rows=conv_rows(build_vgg),
         other_flops=lambda config: 0,
     ),
 }
