@@ -14,3 +14,8 @@ def mostly_long(values: Sequence[Any], quick: Collection[Any]) -> list[Any]:
         v if v in quick else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.long)
         for v in values
     ]
+
+
+def thinned(values: Sequence[Any], every: int) -> list[Any]:
+    """As `mostly_long`, with every second, third ... of them at once."""
+    return mostly_long(values, values[::every])

@@ -49,6 +49,7 @@ def test_arrays_in_tiles():
     assert {shape: in_tiles(shape) for shape in sizes} == sizes
 
 
+@pytest.mark.long
 def test_rows_are_kept_and_the_table_says_what_left_its_plan(monkeypatch, tmp_path, capsys):
     made = []
 

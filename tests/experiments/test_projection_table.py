@@ -83,6 +83,7 @@ def test_rows_bind_at_all_sizes():
             parse(r.text.format(r=max(2, n // 16), k=n // 4)).bind(n, n if r.square else m)
 
 
+@pytest.mark.long
 def test_randomized_beside_exact():
     rows = list(itertools.islice(projection.measure_svd(256), 3))
     assert [(r["rank"], r["iterations"]) for r in rows] == [(2, 2), (2, 4), (2, 6)]

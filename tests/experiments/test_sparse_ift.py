@@ -9,7 +9,7 @@ from experiments.tables.bases import base_of
 from experiments.tables.plan import changed
 from structmat.training.config import default, validate
 from structmat.training.errors import ConfigError
-from tests.marks import mostly_long
+from tests.marks import mostly_long, thinned
 
 CASES = [(member, s) for s in (0.5, 0.75, 0.9) for member in MEMBERS]
 
@@ -48,7 +48,7 @@ def test_flops_of_nonzeros_are_those_of_the_dense_model(member, sparsity):
         assert first.terms[1].structure.rank == int(128 * sparsity)
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", thinned(MEMBERS, 2))
 def test_convolutions_keep_their_flops_and_the_first_and_shortcuts_are_dense(member):
     config = default("images", "resnet_v1")
     config.model.update(depth=8, width=32)

@@ -87,6 +87,7 @@ def test_damage_that_is_loaded_would_be_seen(tmp_path):
     assert "names none of ['x']" in r5_damage.outcome(tmp_path, states, {30: ["x"]})
 
 
+@pytest.mark.long
 def test_bad_configs_are_refused(tmp_path):
     trial = trial_of("R6", tmp_path)
     r6_configs.configs(trial, limit=12, commands=0)

@@ -12,6 +12,7 @@ from pallas_kernels import CHIPS, block_sparse, hopper_tiles, low_rank, monarch
 from pallas_kernels.block_sparse import gpu as block_sparse_gpu
 from pallas_kernels.low_rank import gpu as low_rank_gpu
 from pallas_kernels.monarch import gpu as monarch_gpu
+from tests.marks import thinned
 
 H100 = CHIPS["h100"]
 KERNELS = {"block_sparse": block_sparse_gpu, "monarch": monarch_gpu, "low_rank": low_rank_gpu}
@@ -138,7 +139,7 @@ WALKS = [
 ]
 
 
-@pytest.mark.parametrize(("op", "sizes", "rows"), WALKS, ids=str)
+@pytest.mark.parametrize(("op", "sizes", "rows"), thinned(WALKS, 2), ids=str)
 def test_walks_sum_what_they_should(op, sizes, rows, monkeypatch):
     """Tiles of real sizes, both directions: what interpret mode would take minutes for, or cannot do."""
     monkeypatch.setattr(KERNELS[op], "walk_product", walked)

@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import CHIPS, KernelError
 from pallas_kernels.monarch import api, choose, configs, monarch, reference
 from tests.kernels.races import races, strict
+from tests.marks import thinned
 
 V5E = CHIPS["v5e"]
 SHAPES = [  # rows, k, p, l, s, r
@@ -35,8 +36,10 @@ def kernel(x, right, left):
     return api.product(x, right.reshape(k, p, l * r), left.reshape(l, k * r, s), V5E, True)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "tolerance", "keep"), [(jnp.float32, 1e-5, True), (jnp.bfloat16, 2e-2, False)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tolerance", "keep"),
+    thinned([(s, *d) for s in SHAPES for d in ((jnp.float32, 1e-5, True), (jnp.bfloat16, 2e-2, False))], 3),
+)
 def test_kernel_and_gradients_equal_the_reference(shape, dtype, tolerance, keep, monkeypatch):
     """With the middle result kept for the backward pass, or made again."""
     monkeypatch.setattr(api, "keeps", lambda *_: keep)
@@ -69,7 +72,11 @@ def test_groups_of_blocks_token_tiles_and_cores(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "tile", [configs.Tiles(8, 1, 2**24), configs.Tiles(8, 2, 2**24, cores=2)], ids=["groups", "cores"]
+    "tile",
+    [
+        pytest.param(configs.Tiles(8, 1, 2**24), id="groups", marks=pytest.mark.long),
+        pytest.param(configs.Tiles(8, 2, 2**24, cores=2), id="cores"),
+    ],
 )
 def test_races_and_uninitialised_memory(tile, capsys):
     x, right, left, g = problem(32, 2, 128, 2, 128, 128)

@@ -177,6 +177,7 @@ def test_sizes_are_checked():
             jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 16, 1)))
 
 
+@pytest.mark.long
 def test_patches_know_where_they_are():
     """Of a constant field the four patches are alike but for their place, which a force that is not the same everywhere
     makes them need."""

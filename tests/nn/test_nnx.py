@@ -47,7 +47,7 @@ CASES = DENSE | {
     "transform": (ours.MonarchTransform, faces.MonarchTransform, (12,), (12,), dict(path="factored"), (2, 12)),
 }  # fmt: skip
 """nnx module, Linen module, their arguments, fields of both, shape of x."""
-QUICK = ("frozen_term", "spectral")
+QUICK = ("frozen_term",)
 
 
 def made(name):
@@ -145,6 +145,7 @@ def test_an_optimiser_of_nnx_trains_params_and_nothing_frozen():
     same(other(x), model(x))
 
 
+@pytest.mark.long
 def test_vmap_makes_and_applies_an_ensemble():
     make = lambda rngs: ours.StructuredDense(8, 12, structure=SUM, rngs=rngs)
     split = nnx.split_rngs(splits=3)

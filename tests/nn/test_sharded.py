@@ -16,6 +16,7 @@ from structmat.parallel import make_mesh, topology_mesh
 from structmat.parallel.aot import compile_for, placed
 from structmat.parallel.rules import DEFAULT_RULES, on_mesh, shardings
 from structmat.structures import parse
+from tests.marks import thinned
 from tests.structures.cases import split
 
 N = 32
@@ -34,7 +35,7 @@ SPLIT = {  # text -> (in axes, out axes) whose product is split over the tensor 
 PAIRS = [(t, a, "data") for t, pairs in SPLIT.items() for a in pairs]
 
 
-@pytest.mark.parametrize(("text", "axes", "first"), [*PAIRS, (*PAIRS[0][:2], "replica")])
+@pytest.mark.parametrize(("text", "axes", "first"), thinned([*PAIRS, (*PAIRS[0][:2], "replica")], 2))
 def test_parts_equal_the_whole(text, axes, first):
     """Forward and every gradient, weights split over tensor and fsdp, rows over replica or data and fsdp."""
     bound = parse(text).bind(N, N)

@@ -199,6 +199,7 @@ def test_a_killed_run_goes_on_with_the_same_truncations_and_widths(tmp_path):
     assert report["site_params"] == sum(report["params"].values()) <= record.metrics["dense_site_params"]
 
 
+@pytest.mark.long
 def test_with_the_full_pass_the_whole_learns_and_the_truncated_learns_from_it():
     """Loss and gradients of a step against two calls of the model by hand; evaluation is of the whole alone."""
     config = small_digits(structure="ordered()", method="maestro(every=4, lasso=0.0, full_pass=True)")

@@ -15,7 +15,7 @@ from structmat import StructureError
 from structmat.structures import butterfly_transforms as transforms
 from structmat.structures.butterfly_projection import peel
 from structmat.structures.butterfly_stages import MERGE_ROWS
-from tests.marks import mostly_long
+from tests.marks import mostly_long, thinned
 from tests.structures.flops import count_flops
 
 SHAPES = [
@@ -95,7 +95,7 @@ def test_gradient_of_merged_stages_at_full_size(increasing):
 # -- initialisation ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", ["real", "complex"])
+@pytest.mark.parametrize("field", thinned(["complex", "real"], 2))
 def test_paper_init_is_orthogonal(field):
     bound = structmat.parse(f"butterfly(depth=2, field='{field}', init='paper')").bind(64, 64)
     params = jax.jit(bound.init)(jax.random.key(0))

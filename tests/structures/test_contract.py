@@ -301,7 +301,7 @@ def scales(bound):
     return True
 
 
-@costly
+@pytest.mark.parametrize("case", with_long(CASES, 2))
 def test_init_follows_the_declaration(case):
     """Entries have the declared RMS, depend on the key alone, and `gain` scales the matrix."""
     bound = bind(case)

@@ -12,6 +12,7 @@ from sklearn.linear_model import orthogonal_mp
 import structmat
 from structmat.structures import StructureError
 from structmat.structures import sparse_coding as sc
+from tests.marks import thinned
 from tests.structures.flops import count_flops
 
 
@@ -270,7 +271,7 @@ def test_grams_are_an_exact_change_of_variables():
         assert found < 0.97 * weighted(w - matrix(solve(w)), a, b)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", thinned([np.float32, np.float64], 2))
 def test_a_full_code_under_an_ill_conditioned_gram_is_the_whitened_svd(dtype):
     """Also in single precision, as no gram is inverted."""
     q = np.linalg.qr(normal(18, 12, 12))[0]

@@ -14,6 +14,7 @@ import pytest
 import structmat
 from structmat import Matrix, StructureError
 from structmat.structures import FAMILIES, random
+from tests.marks import thinned
 
 W = np.random.default_rng(0).normal(size=(12, 18)).astype(np.float32)
 TEXTS = ["low_rank(rank=3)", "monarch(blocks=2)", "low_rank(rank=2) + kronecker()", "transpose(tensor_train(rank=2))"]
@@ -24,7 +25,7 @@ def close(actual, expected):
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", thinned(TEXTS, 2))
 def test_products_and_transpose(text):
     m = jax.jit(lambda w: structmat.project(w, text))(W)
     dense = np.asarray(m.materialize())

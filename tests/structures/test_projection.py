@@ -11,6 +11,7 @@ import pytest
 import structmat
 from structmat import StructureError
 from structmat.structures.algebra import BoundSum
+from tests.marks import thinned
 from tests.structures.cases import CASES, bind, dense, draw, is_float, outside, projects, with_long
 
 PROJECTED = [c for c in CASES if projects(bind(c))]
@@ -37,7 +38,7 @@ def shaken(params, size, seed):
     return jax.tree.map(noise, params)
 
 
-@every
+@pytest.mark.parametrize("case", with_long(PROJECTED, 2))
 def test_projection(case):
     bound, solve, w = bind(case), solver(case), outside(case)
     matrix = jax.jit(bound.materialize)
@@ -168,8 +169,9 @@ def test_error_falls_with_size(form, sizes):
 
 
 @pytest.mark.parametrize(
-    "text", ["low_rank(rank=2)", "spectral(rank=2)", "block_low_rank(in_blocks=2, out_blocks=2, rank=1)",
-             "kronecker(terms=2)", "tensor_train(rank=2, cores=3)", "block_diagonal(blocks=2)"],
+    "text",
+    thinned(["low_rank(rank=2)", "spectral(rank=2)", "block_low_rank(in_blocks=2, out_blocks=2, rank=1)",
+             "kronecker(terms=2)", "tensor_train(rank=2, cores=3)", "block_diagonal(blocks=2)"], 2),
 )  # fmt: skip
 def test_complex_matrices(text):
     """A complex matrix gives complex parameters; a member is recovered."""

@@ -13,15 +13,15 @@ from structmat.structures import StructureError, map_leaves
 from structmat.structures import quantization as qz
 from structmat.structures.reparam import fake_quantize
 from structmat.structures.stacks import project_stack
-from tests.marks import mostly_long
+from tests.marks import mostly_long, thinned
 from tests.structures.flops import count_flops
 
 BITS = (2, 3, 4, 8)
 GRIDS = ("int", "normal")
-every_grid = pytest.mark.parametrize(("bits", "grid"), list(itertools.product(BITS, GRIDS)))
+every_grid = pytest.mark.parametrize(("bits", "grid"), thinned(list(itertools.product(BITS, GRIDS)), 3))
 
 FORMS = [(b, g, True) for b in BITS for g in GRIDS] + [(2, "int", False), (8, "int", False), (4, "normal", False)]
-every_form = pytest.mark.parametrize(("bits", "grid", "symmetric"), FORMS)
+every_form = pytest.mark.parametrize(("bits", "grid", "symmetric"), thinned(FORMS, 3))
 
 
 def form(bits, grid, symmetric):

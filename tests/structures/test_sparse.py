@@ -10,6 +10,7 @@ import pytest
 import structmat
 from structmat.structures import StructureError, map_leaves
 from structmat.structures.random_sparse import draw_rows
+from tests.marks import thinned
 
 key = functools.partial(jax.random.key, impl="unsafe_rbg")  # compiles several times faster
 
@@ -135,7 +136,7 @@ def test_sum_projection_keeps_the_support_and_lowers_the_error():
 # -- gradients -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["random_sparse(density=0.1)", "n_m_sparse(1, 8)", SLTRAIN])
+@pytest.mark.parametrize("text", thinned([SLTRAIN, "random_sparse(density=0.1)", "n_m_sparse(1, 8)"], 2))
 def test_gradients_equal_autodiff_through_scatter(text):
     """In double precision, against a dense matrix built by `.at[].add` here."""
     with jax.enable_x64(True):
@@ -160,8 +161,12 @@ def test_gradients_equal_autodiff_through_scatter(text):
                 np.testing.assert_allclose(a, b, atol=1e-12)
 
 
-@pytest.mark.parametrize("text", ["random_sparse(density=0.05)", SLTRAIN, "n_m_sparse(2, 4)"])
-@pytest.mark.parametrize("side", ["matmul", "rmatmul"])
+@pytest.mark.parametrize(
+    ("text", "side"),
+    thinned(
+        [(t, s) for t in (SLTRAIN, "random_sparse(density=0.05)", "n_m_sparse(2, 4)") for s in ("rmatmul", "matmul")], 3
+    ),
+)
 def test_the_backward_pass_keeps_no_dense_matrix_and_no_copies_of_the_input(text, side):
     bound, params = setup(text, 96, 80)
     x = jnp.ones((5, 96 if side == "matmul" else 80))

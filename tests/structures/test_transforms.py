@@ -34,7 +34,7 @@ def sized(*sizes):
     """Every fixed transform at every size it has."""
     lacks = lambda text, n: (text == "hadamard()" and n & (n - 1)) or (text == "dct(kind=1, sine=False)" and n < 2)
     every = [(t, n) for t in FIXED for n in sizes if not lacks(t, n)]
-    return pytest.mark.parametrize(("text", "n"), mostly_long(every, every[:: 2 if len(every) > 30 else 1]))
+    return pytest.mark.parametrize(("text", "n"), mostly_long(every, every[:: 3 if len(every) > 30 else 1]))
 
 
 def reference(text, x):

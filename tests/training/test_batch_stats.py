@@ -69,6 +69,7 @@ def test_a_step_that_is_skipped_leaves_them():
     jax.tree.map(np.testing.assert_array_equal, new.batch_stats, state.batch_stats)
 
 
+@pytest.mark.long
 def test_parts_of_a_batch_give_the_mean_of_theirs():
     _, state, step, source = started(small(accumulate=2))
     task, *_ = started(small())

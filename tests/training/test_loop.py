@@ -55,7 +55,7 @@ def array_sums(folder):
 
 
 RESUMED = [
-    pytest.param(small_digits(), None, id="dense"),
+    pytest.param(small_digits(), None, id="dense", marks=pytest.mark.long),
     pytest.param(
         small_digits(structure="low_rank(rank=4) + random_sparse(density=0.1)"), Ball(), id="index-leaf-and-rule"
     ),

@@ -91,6 +91,7 @@ def evaluated(folder):
     return [row["step"] for row in read_metrics(folder) if "heldout_loss" in row]
 
 
+@pytest.mark.long
 def test_only_the_chosen_steps_are_profiled_and_evaluated(tmp_path, monkeypatch):
     active, seen = [], []
 
