@@ -78,7 +78,9 @@ def evaluated(run: Run, config: ConfigDict, name: str) -> Record:
     source = task.load()
     mesh = make_mesh(config.mesh.to_dict(), jax.local_devices()[:1])
     variables = _shortened(run.variables, config)
-    state = TrainState(jax.numpy.int32(run.step), variables["params"], variables["frozen"], {}, {}, None)
+    state = TrainState(
+        jax.numpy.int32(run.step), **variables, opt_state={}, rule_state={}, skips=jax.numpy.zeros(2, jax.numpy.int32)
+    )
     with on_mesh(mesh):
         figures = evaluate(make_eval_step(task, mesh), state, source, mesh)
     return Record.create(

@@ -26,6 +26,7 @@ class Base:
       rates: multiples of the config's learning rate that are tried when an arm is tuned, ascending; a single one is not
         tried but taken.
       further: how many more are tried, one after another, as long as the best is at an end.
+      part: a rate is tried in a run of one in so many of the steps. A shorter run favours higher rates.
       pod: topology its configs are compiled for by `python -m experiments.tables check`.
     """
 
@@ -37,6 +38,7 @@ class Base:
     reseeded: tuple[str, ...] = ()
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
     further: int = 2
+    part: int = 3
     pod: str = ""
 
 
@@ -257,7 +259,7 @@ BASES: dict[tuple[str, str], Base] = {
     ("cpu", "digits_resnet"): Base(digits_resnet, "accuracy", lower=False, others=("loss",), seeds=5),
     ("cpu", "digits_vit"): Base(digits_vit, "accuracy", lower=False, others=("loss",), seeds=5, rates=(1.0, 2.0, 4.0)),
     ("cpu", "digits_mixer"): Base(digits_mixer, "accuracy", lower=False, others=("loss",), seeds=5),
-    ("cpu", "teacher"): Base(teacher, "mse", further=0),
+    ("cpu", "teacher"): Base(teacher, "mse", part=1),
     ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte"),
     ("cpu", "bytes_short"): Base(bytes_short, "bits_per_byte"),
     ("cpu", "flow"): Base(flow, "l2", others=("h1", "l2_fine")),

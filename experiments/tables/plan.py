@@ -22,8 +22,6 @@ from structmat.training.tasks import TASKS
 
 TUNE_SEED = 1000
 """Of the runs that choose a rate; none of the seeds that are compared."""
-TUNE_SHARE = 3
-"""A rate is tried for this fraction of the steps."""
 CLOSE = 0.005
 """Trials that end within this share of the best one's figure are taken as equal, for they have one seed; of these the lowest rate
 is taken, for a shorter run favours higher ones."""
@@ -195,7 +193,7 @@ def _tuned(name: str, config: ConfigDict, base: Base, store: Store) -> tuple[Map
 
 def _trial(name: str, config: ConfigDict, base: Base, rate: float) -> Run:
     own = _at_rate(config, base, rate, TUNE_SEED)
-    own.steps = max(1, config.steps // TUNE_SHARE)
+    own.steps = max(1, config.steps // base.part)
     return Run(f"{name}, rate x{rate:g}", key_of(own), own)
 
 

@@ -97,7 +97,7 @@ def conditions(results: Results) -> str:
     row = plan.rows[0]
     return (
         f"Scale {plan.scale}: {row.config.steps} steps of {row.config.batch} examples; {'; '.join(data)}. Mean ± standard "
-        f"deviation over seeds 0 to {plan.base.seeds - 1}. Rate: {_tuning(plan.base, row.config.optim.lr)}. "
+        f"deviation over seeds 0 to {plan.base.seeds - 1}. Rate: {tuning(plan.base, row.config.optim.lr)}. "
         f"Step: its time over dense's, {_timed(results)}. Parameters, "
         "bits and FLOPs: of the model that is evaluated. Memory: of the compiled step, state and temporaries. "
         f"{'; '.join(machines)}, jax {', '.join(versions)}, {dates[0][:10]} to {dates[-1][:10]}, {len(records)} runs, the "
@@ -105,12 +105,14 @@ def conditions(results: Results) -> str:
     )
 
 
-def _tuning(base: Base, lr: float) -> str:
+def tuning(base: Base, lr: float) -> str:
+    """How the rate of an arm whose base rate is `lr` was chosen."""
     if len(base.rates) == 1:
         return f"{lr * base.rates[0]:g}"
     beyond = f", and up to {base.further} beyond as long as the best is at an end," if base.further else ""
+    length = "all of the steps" if base.part == 1 else f"1/{base.part} of the steps"
     return (
-        f"multiple of {lr:g} best of {', '.join(f'{r:g}' for r in base.rates)}{beyond} in a run of a third of the steps with "
+        f"multiple of {lr:g} best of {', '.join(f'{r:g}' for r in base.rates)}{beyond} in a run of {length} with "
         f"another seed, per family, and of those within {CLOSE:.1%} of the best the lowest; ! is at the end of what was tried"
     )
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.evaluate import evaluated
 from structmat.exchange import load_safetensors, save_run
 from structmat.parallel import make_mesh, on_mesh, shard_batch
 from structmat.training import loop
@@ -109,6 +110,7 @@ def test_a_run_keeps_them(tmp_path):
     leaves = jax.tree.leaves(run.variables["batch_stats"])
     assert leaves and all(np.isfinite(leaf).all() for leaf in leaves) and np.any(np.abs(leaves[0]) > 1e-3)
     assert heldout_loss(run.task, run.variables) == pytest.approx(whole.metrics["heldout"]["loss"], rel=1e-5)
+    assert evaluated(run, run.config, "again").metrics["heldout"] == pytest.approx(whole.metrics["heldout"], rel=1e-5)
     save_run(tmp_path / "whole", tmp_path / "saved")
     back = load_safetensors(tmp_path / "saved", like=jax.eval_shape(lambda: run.variables)).variables
     jax.tree.map(np.testing.assert_array_equal, back, run.variables)

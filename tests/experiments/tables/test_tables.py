@@ -13,7 +13,7 @@ from experiments.tables.registry import TABLES, table_of
 from experiments.tables.results import cost_of, results_of
 from experiments.tables.runner import missing, run_table
 from experiments.tables.schema import DENSE, LOW_RANK, SMALL, Arm, Claim, Table, TableError
-from experiments.tables.show import conditions, verdicts
+from experiments.tables.show import conditions, tuning, verdicts
 from experiments.tables.store import Store
 from experiments.tables.summary import BEGIN, END, within
 from structmat.training.config import default, validate
@@ -143,6 +143,14 @@ def test_rates_beyond_the_ends_are_tried_while_the_best_is_one(tmp_path, monkeyp
     row = plan(table, "cpu", store).row("monarch")
     assert (list(row.tried), row.rate, row.edge) == (tried, rate, edge)
     assert row.runs[0].config.optim.lr == small().optim.lr * rate
+
+
+@pytest.mark.parametrize(("part", "steps", "said"), [(1, 6, "all of the steps"), (2, 3, "1/2 of the steps")])
+def test_rates_are_tried_in_a_part_of_the_steps(tmp_path, monkeypatch, part, steps, said):
+    monkeypatch.setitem(bases.BASES, ("cpu", "tiny"), dataclasses.replace(TINY, part=part))
+    found = plan(TABLE, "cpu", Store(tmp_path, "cpu"))
+    assert {run.config.steps for row in found.rows for run in row.tried.values()} == {steps}
+    assert f"best of 0.5, 1 in a run of {said} with another seed" in tuning(found.base, 0.1)
 
 
 def test_baselines_have_no_more_parameters(monkeypatch):
