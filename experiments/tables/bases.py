@@ -261,6 +261,7 @@ BASES: dict[tuple[str, str], Base] = {
     ("cpu", "digits_mixer"): Base(digits_mixer, "accuracy", lower=False, others=("loss",), seeds=5),
     ("cpu", "teacher"): Base(teacher, "mse", part=1),
     ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte"),
+    ("cpu", "bytes_rates"): Base(bytes_cpu, "bits_per_byte", part=1),
     ("cpu", "bytes_short"): Base(bytes_short, "bits_per_byte"),
     ("cpu", "flow"): Base(flow, "l2", others=("h1", "l2_fine")),
     ("cpu", "scans"): _scans(scans),

@@ -162,10 +162,10 @@ SCALING = Table(
     ),
     remarks={
         "cpu": (
-            "Why one rate for all widths does better here: the rates by structure and width are tuned at width 256 in runs of "
-            "a third of the steps, and the best there gives the cores of the widest model about twice the best single rate; "
-            "on this smooth target, with 500 steps, the lower one wins, and more so the wider the model. What the paper compares with "
-            "is the rate of a dense layer of the same width. The exponents of Kronecker and tensor train are above the paper's, "
+            "Why one rate for all widths does better here: the rates by structure and width are tuned at width 256, and the best "
+            "there gives the cores of the widest model about twice the best single rate; on this smooth target, with 500 steps, the "
+            "lower one wins, and more so the wider the model. What the paper compares with is the rate of a dense layer of the same "
+            "width. The exponents of Kronecker and tensor train are above the paper's, "
             "and above that of block tensor train: few widths, from far behind; at equal FLOPs both stay behind it at every width.",
         )
     },
