@@ -18,7 +18,7 @@ PRETRAIN = Table(
     name="lost",
     title="A nonlinear low-rank branch beside whole input channels, and what each part brings",
     citation=f"{CITATION}; the ablation is the one its reviewers asked for",
-    bases={"cpu": "bytes_rates", "gpu": "bytes", "paper": "c4_60m"},
+    bases={"cpu": "bytes", "gpu": "bytes", "paper": "c4_60m"},
     arms=(
         Arm("lost", {"structure": lost()}, note="gamma 0.7, SiLU and 5% of the channels are our choices"),
         Arm("lost, random channels", {"structure": lost(channels="random")}, tuned_with="lost"),
