@@ -37,7 +37,7 @@ class Base:
     seeds: int = 3
     reseeded: tuple[str, ...] = ()
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
-    further: int = 2
+    further: int = 3
     part: int = 3
     pod: str = ""
 
@@ -260,7 +260,7 @@ BASES: dict[tuple[str, str], Base] = {
     ("cpu", "digits_vit"): Base(digits_vit, "accuracy", lower=False, others=("loss",), seeds=5, rates=(1.0, 2.0, 4.0)),
     ("cpu", "digits_mixer"): Base(digits_mixer, "accuracy", lower=False, others=("loss",), seeds=5),
     ("cpu", "teacher"): Base(teacher, "mse", part=1),
-    ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte", further=3, part=1),
+    ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte", part=1),
     ("cpu", "bytes_short"): Base(bytes_short, "bits_per_byte", part=1),
     ("cpu", "flow"): Base(flow, "l2", others=("h1", "l2_fine")),
     ("cpu", "scans"): _scans(scans),
