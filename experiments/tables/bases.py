@@ -255,10 +255,12 @@ def _scans(make: Callable[[], ConfigDict]) -> Base:
 
 
 BASES: dict[tuple[str, str], Base] = {
-    ("cpu", "digits"): Base(digits, "loss", others=("accuracy",), seeds=5),
-    ("cpu", "digits_resnet"): Base(digits_resnet, "accuracy", lower=False, others=("loss",), seeds=5),
-    ("cpu", "digits_vit"): Base(digits_vit, "accuracy", lower=False, others=("loss",), seeds=5, rates=(1.0, 2.0, 4.0)),
-    ("cpu", "digits_mixer"): Base(digits_mixer, "accuracy", lower=False, others=("loss",), seeds=5),
+    ("cpu", "digits"): Base(digits, "loss", others=("accuracy",), seeds=5, part=1),
+    ("cpu", "digits_resnet"): Base(digits_resnet, "accuracy", lower=False, others=("loss",), seeds=5, part=1),
+    ("cpu", "digits_vit"): Base(
+        digits_vit, "accuracy", lower=False, others=("loss",), seeds=5, rates=(1.0, 2.0, 4.0), part=1
+    ),
+    ("cpu", "digits_mixer"): Base(digits_mixer, "accuracy", lower=False, others=("loss",), seeds=5, part=1),
     ("cpu", "teacher"): Base(teacher, "mse", part=1),
     ("cpu", "bytes"): Base(bytes_cpu, "bits_per_byte", part=1),
     ("cpu", "bytes_short"): Base(bytes_short, "bits_per_byte", part=1),
