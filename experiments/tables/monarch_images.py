@@ -17,8 +17,8 @@ COLUMNS = {
 
 VIT = (
     "Why Monarch is behind low rank and the narrower dense model: a third of dense's parameters is enough for these digits, so "
-    "being small costs nothing, and what counts is how fast and how steadily 900 steps train; the loss of Monarch spreads most "
-    "over seeds. In mixers, where the MLPs across channels alone are Monarch, as in the configs published with the paper, it is "
+    "being small costs nothing, and what counts is how fast 900 steps train; Monarch bears half of the rate that is best for "
+    "the others. In mixers, where the MLPs across channels alone are Monarch, as in the configs published with the paper, it is "
     "level with dense (table monarch_mixer). With all linear layers Monarch we count 20.5 and 33.5 million parameters for ViT-S and "
     "ViT-B, the paper 19.6 and 33.0; of the mixers the counts agree (`accounting.md`)."
 )
