@@ -31,7 +31,7 @@ from experiments.tables.plan import Run, plan
 from experiments.tables.registry import TABLES, table_of
 from experiments.tables.report import report, with_results
 from experiments.tables.results import results_of
-from experiments.tables.runner import execute, missing, run_table
+from experiments.tables.runner import execute, missing, run_table, share_programs
 from experiments.tables.schema import SCALES, Table, TableError
 from experiments.tables.show import caption, grid, verdicts
 from experiments.tables.store import Store
@@ -100,6 +100,7 @@ def sweep(tables: Sequence[Table], how: str) -> None:
 def run(tables: Sequence[Table]) -> None:
     """Train what is missing, then show the tables."""
     store, folder, budget = Store(Path(OUT.value), SCALE.value), Path(RUNS.value), seconds_of(BUDGET.value)
+    share_programs(folder)
     if ONLY.value:
         todo = [r for table in tables for r in missing(table, SCALE.value, store) if r.key == ONLY.value]
         if not todo and store.read(ONLY.value) is None:

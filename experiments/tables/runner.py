@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from experiments.tables.plan import Run, data_hash, plan
 from experiments.tables.schema import Table
 from experiments.tables.store import Store
@@ -19,6 +21,12 @@ from structmat.structures import Rules
 from structmat.training.errors import Interrupted, RunError
 from structmat.training.loop import train
 from structmat.training.record import Record
+
+
+def share_programs(folder: Path) -> None:
+    """Keep compiled programs in `folder`/programs, for the seeds of an arm to share; a cache jax has already stays as it is."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
 
 
 def run_table(table: Table, scale: str, store: Store, folder: Path, seconds: float) -> bool:

@@ -135,6 +135,8 @@ def validate(config: ConfigDict, devices: int | None = None) -> Task:
         built.table  # noqa: B018  traces the model, which refuses what its layers cannot hold, such as a complex product
     except StructureError as error:
         raise ConfigError("structure", config.structure, str(error)) from None
+    if not built.trains:
+        raise ConfigError("structure", config.structure, "leaves the model nothing to train", "'dense()' trains")
     refuse_rule(config, rule_for(config, built.table))
     _check_logits(config, built)
     _check_recalibrate(config, built)

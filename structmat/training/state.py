@@ -8,6 +8,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -58,9 +59,9 @@ def abstract_variables(task: Task) -> Any:
     return jax.eval_shape(lambda key: task.model.init(key, *_zeros(task)), jax.random.key(0))
 
 
-def initial_state(task: Task, tx: optax.GradientTransformation, rule: Rule | None, seed: int) -> TrainState:
+def initial_state(task: Task, tx: optax.GradientTransformation, rule: Rule | None, key: jax.Array) -> TrainState:
     """The state before step 0; traceable."""
-    variables = nn.meta.unbox(task.model.init(jax.random.key(seed), *_zeros(task)))
+    variables = nn.meta.unbox(task.model.init(key, *_zeros(task)))
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
@@ -79,7 +80,7 @@ def plan_state(task: Task, tx: optax.GradientTransformation, rule: Rule | None, 
     Every leaf is laid out over the mesh, down to Adam's count: a restore commits a leaf left on one device there, and
     the next step then fails.
     """
-    abstract = jax.eval_shape(lambda: initial_state(task, tx, rule, 0))
+    abstract = jax.eval_shape(lambda: initial_state(task, tx, rule, jax.random.key(0)))
     places = state_shardings(mesh, shardings(mesh, abstract_variables(task)), abstract)
     template = jax.tree.map(_placed, abstract, places)
     return template if task.teacher is None else template.replace(teacher=_plan_teacher(task, mesh))
@@ -103,7 +104,12 @@ def create_state(
 ) -> TrainState:
     """The initial state, made where it will live; to be called with the mesh set."""
     places = jax.tree.map(lambda leaf: leaf.sharding, template)
-    return jax.jit(lambda: initial_state(task, tx, rule, seed), out_shardings=places)()
+
+    def init(key_data: jax.Array) -> TrainState:
+        return initial_state(task, tx, rule, jax.random.wrap_key_data(key_data))
+
+    # An argument, not a constant: seeds share one compiled program, and XLA draws nothing while it compiles.
+    return jax.jit(init, out_shardings=places)(np.asarray(jax.random.key_data(jax.random.key(seed))))
 
 
 def _zeros(task: Task) -> list[jax.Array]:

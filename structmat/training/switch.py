@@ -126,6 +126,10 @@ def stages(config: Any, task: Task) -> list[tuple[int, Task]]:
             found.append((switch.step, passed(config, found[-1][1], switch)))
         except StructureError as error:
             raise _wrong(config, str(error)) from None
+        if switch.step < config.steps and not found[-1][1].trains:
+            raise _wrong(
+                config, f"leaves the model nothing to train after step {switch.step}", f"'end: {switch.rules}' is"
+            )
     return found
 
 

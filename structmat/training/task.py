@@ -16,6 +16,7 @@ import numpy as np
 from structmat.nn import Site, choose_path, sites
 from structmat.nn.method import Lesson
 from structmat.structures import StructureError, parse
+from structmat.structures.algebra import trains
 from structmat.structures.convolution import has_factors, view_of
 
 Batch = Mapping[str, Any]
@@ -115,6 +116,14 @@ class Task:
         shapes.pop(BATCH_STATS, None)
         floats = [leaf for leaf in jax.tree.leaves(shapes) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         return sum(leaf.size * (1 + jnp.iscomplexobj(leaf)) for leaf in floats)
+
+    @functools.cached_property
+    def trains(self) -> bool:
+        """Whether any parameter of the model is differentiated; all may be frozen, or their structures have none."""
+        if any(trains(site.bound) for site in self.table.values()):
+            return True
+        shapes = jax.eval_shape(self.model.init, jax.random.key(0), *self.example)
+        return bool(jax.tree.leaves(shapes.get("params", {})))
 
     def flops(self, executed: bool = False) -> int:
         """FLOPs of one forward pass per unit: products and attention.

@@ -118,6 +118,8 @@ BAD = [
     ("images", {"model.remat": "all"}, "model.remat", "valid: none, full, dots"),
     ("digits", {"model.layers": 0}, "model.layers", "at least 1"),
     ("digits", {"data.root": "/x"}, "data.root", "no such field"),
+    ("mri", {"structure": "fourier()"}, "structure", "nothing to train"),
+    ("mri", {"switch": "0.5: frozen(dense())"}, "switch", "nothing to train after step"),
 ]
 
 

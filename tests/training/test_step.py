@@ -31,7 +31,7 @@ def digits_run():
     config.optim.lr = 0.03
     task = validate(config)
     tx, schedule = optimizer_for(config, task)
-    state = jax.jit(lambda: initial_state(task, tx, None, 0))()
+    state = jax.jit(lambda: initial_state(task, tx, None, jax.random.key(0)))()
     return task, tx, schedule, state, jax.jit(make_step(task, tx, None, schedule, 0))
 
 
@@ -116,7 +116,7 @@ def test_complex_gradients_descend():
     shape = jax.ShapeDtypeStruct((2,), jnp.float32)
     task = Task("spiral", Spiral(), Spiral(), (shape,), {"x": shape}, loss, "loss", "row", 2, 0, None)
     tx = optax.sgd(0.1)
-    state, step = initial_state(task, tx, None, 0), jax.jit(make_step(task, tx, None, constant(0.1), 0))
+    state, step = initial_state(task, tx, None, jax.random.key(0)), jax.jit(make_step(task, tx, None, constant(0.1), 0))
     for _ in range(60):
         state, metrics = step(state, {"x": jnp.ones(2)})
     assert float(metrics["loss"]) < 1e-4
@@ -185,7 +185,7 @@ def test_rule_acts_after_the_optimiser_only_when_due_and_never_on_a_skipped_step
     task, tx, schedule, _, _ = digits_run
     rule = Ball(every=2, radius=0.05)
     step = jax.jit(make_step(task, tx, rule, schedule, 0))
-    state = initial_state(task, tx, rule, 0)
+    state = initial_state(task, tx, rule, jax.random.key(0))
     norms = lambda s: max(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(s.params))
     one, two, three, four = batches(task, 4)
     state, _ = step(state, one)
@@ -215,5 +215,5 @@ def test_every_leaf_of_the_state_is_laid_out_over_the_mesh():
     assert any(map(split, jax.tree.leaves(template.params)))
     moments = [leaf for leaf in jax.tree.leaves(template.opt_state) if leaf.ndim]
     assert [split(m) for m in moments] == [split(p) for p in jax.tree.leaves(template.params)] * 2
-    plain = jax.tree.leaves(jax.jit(lambda: initial_state(task, tx, Ball(), 0))())
+    plain = jax.tree.leaves(jax.jit(lambda: initial_state(task, tx, Ball(), jax.random.key(0)))())
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), plain))

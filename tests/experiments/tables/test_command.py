@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 
+import jax
 import pytest
 from absl import app
 
@@ -72,6 +73,18 @@ def test_one_run_alone(tiny, capsys, monkeypatch):
     with flags(only="abc"), pytest.raises(SystemExit):
         command.main(["tables", "run", "tiny"])
     assert "no such run is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", [None, "of_the_user"])
+def test_runs_share_compiled_programs(tiny, tmp_path, monkeypatch, own):
+    monkeypatch.setattr(command, "run_table", lambda *_: False)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", own)
+        command.run(list(command.TABLES.values()))
+        assert jax.config.jax_compilation_cache_dir == (own or str(tmp_path / "runs" / "programs"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_table_without_runs_is_shown(tiny, capsys):
