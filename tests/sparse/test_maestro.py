@@ -205,7 +205,7 @@ def test_with_the_full_pass_the_whole_learns_and_the_truncated_learns_from_it():
     config = small_digits(structure="ordered()", method="maestro(every=4, lasso=0.0, full_pass=True)")
     task = validate(config, devices=1)
     tx, schedule = optimizer_for(config, task)
-    state = jax.jit(lambda: initial_state(task, tx, None, 0))()
+    state = jax.jit(lambda: initial_state(task, tx, None, jax.random.key(0)))()
     rng = np.random.default_rng(0)  # the head starts at zero, where every softmax is the same
     state = state.replace(params=jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), state.params))
     batch = task.load().batch(0, None)

@@ -53,7 +53,7 @@ def test_the_optimiser_keeps_what_a_step_trains(tmp_path):
     config.model.layers = 2
     task = validate(config, devices=1)
     tx, _ = optimizer_for(config, task)
-    state = jax.eval_shape(lambda: initial_state(task, tx, rule_for(config, task.table), 0))
+    state = jax.eval_shape(lambda: initial_state(task, tx, rule_for(config, task.table), jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     held = [leaf for path, leaf in leaves if name(path).split("/")[-1] in ("s", "u", "v")]

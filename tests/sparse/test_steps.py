@@ -22,7 +22,8 @@ def stepper(config):
     task = validate(config, devices=1)
     tx, schedule = optimizer_for(config, task)
     rule = rule_for(config, task.table)
-    return task, jax.jit(lambda: initial_state(task, tx, rule, 0))(), make_step(task, tx, rule, schedule, 0)
+    state = jax.jit(lambda: initial_state(task, tx, rule, jax.random.key(0)))()
+    return task, state, make_step(task, tx, rule, schedule, 0)
 
 
 @pytest.fixture(scope="module")

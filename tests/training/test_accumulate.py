@@ -27,7 +27,7 @@ def close(a, b, tolerance=2e-6):
 
 
 def started(task, config):
-    return jax.jit(lambda: initial_state(task, optimizer_for(config, task)[0], None, 0))()
+    return jax.jit(lambda: initial_state(task, optimizer_for(config, task)[0], None, jax.random.key(0)))()
 
 
 def gradients_of(task, variables, batch):
@@ -65,7 +65,7 @@ def test_a_step_in_parts_is_the_step():
     batch, outcomes = task.load().batch(0, None), []
     for parts in (1, 4):
         split = dataclasses.replace(task, accumulate=parts)
-        state = jax.jit(lambda: initial_state(task, tx, rule, 0))()
+        state = jax.jit(lambda: initial_state(task, tx, rule, jax.random.key(0)))()
         step = jax.jit(make_step(split, tx, rule, schedule, 0))
         state, metrics = step(state.replace(params=jax.tree.map(lambda a: a + 0.1, state.params)), batch)
         outcomes.append(
@@ -86,7 +86,7 @@ def test_every_part_has_its_own_dropout():
     task = dataclasses.replace(task, loss=loss)
     tx, schedule = optimizer_for(config, task)
     step = jax.jit(make_step(task, tx, None, schedule, 0))
-    _, metrics = step(initial_state(task, tx, None, 0), task.load().batch(0, None))
+    _, metrics = step(initial_state(task, tx, None, jax.random.key(0)), task.load().batch(0, None))
     assert float(metrics["square"]) > float(metrics["loss"]) ** 2 + 0.1  # equal draws have no variance
 
 

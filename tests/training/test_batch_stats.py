@@ -35,7 +35,7 @@ def small(**fields):
 def started(config):
     task = validate(config)
     tx, schedule = optimizer_for(config, task)
-    state = jax.jit(lambda: initial_state(task, tx, None, 0))()
+    state = jax.jit(lambda: initial_state(task, tx, None, jax.random.key(0)))()
     return task, state, jax.jit(make_step(task, tx, None, schedule, 0)), task.load()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def test_bf16_computes_products_and_keeps_f32_weights_moments_and_loss(task, mod
     config.model.dtype = "bfloat16"
     built = validate(config, devices=1)
     tx, schedule = optimizer_for(config, built)
-    state = jax.eval_shape(lambda: initial_state(built, tx, None, 0))
+    state = jax.eval_shape(lambda: initial_state(built, tx, None, jax.random.key(0)))
     step = make_step(built, tx, None, schedule, 0)
     after, metrics = jax.eval_shape(step, state, dict(built.batch))
     kept = {leaf.dtype.name for leaf in jax.tree.leaves((after.params, after.opt_state))}
@@ -76,7 +77,8 @@ def test_remat_keeps_fewer_activations(task, model):
     for policy in ("none", "dots", "full"):
         config.model.remat = policy
         built = validate(config, devices=1)
-        variables = jax.eval_shape(lambda: initial_state(built, optimizer_for(config, built)[0], None, 0)).params  # noqa: B023
+        tx, key = optimizer_for(config, built)[0], jax.random.key(0)
+        variables = jax.eval_shape(partial(initial_state, built, tx, None), key).params
 
         def residuals(params, batch):
             loss = lambda p: built.loss(built.model, {"params": p}, batch, None, False)[0]  # noqa: B023
