@@ -84,7 +84,9 @@ def load(config: Any) -> Source:
         heldout=lambda: batches.heldout_batches(corpus.heldout, config.batch, m.context, limit),
         sha256=corpus.sha256,
         description=corpus.description,
-        reference=_reference(corpus, limit * config.batch * m.context + 1 if limit else None),
+        reference=_reference(
+            config.data.root, config.data.glob, limit * config.batch * m.context + 1 if limit else None
+        ),
     )
 
 
@@ -93,8 +95,10 @@ def _corpus(root: str, glob: str) -> Corpus:
     return own.load_tokens(root, glob) if root else bytes_text.load()
 
 
-def _reference(corpus: Corpus, scored: int | None) -> dict[str, float]:
+@lru_cache(maxsize=4)
+def _reference(root: str, glob: str, scored: int | None) -> dict[str, float]:
     """The byte bigram on the held-out bytes the model is scored on."""
+    corpus = _corpus(root, glob)
     if corpus.vocab_size > BYTES:
         return {}
     bits = bigram.bigram_bits_per_byte(corpus.train, corpus.heldout[:scored], vocab_size=corpus.vocab_size)
